@@ -1,0 +1,54 @@
+"""What the commands' command lines share."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from typing import NoReturn
+
+from mcore_lab.config import LaunchSettings, RunArguments, parse_recipe
+from mcore_lab.errors import ConfigError
+from mcore_lab.layout import ParallelLayout
+from mcore_lab.recipes import find_recipe, recipe_names
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are ConfigErrors."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise a ConfigError where argparse would print its usage."""
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+
+def recipe_arguments(command: str, what: str, argv: Sequence[str]) -> tuple[RunArguments, int]:
+    """Return what `mcore-lab COMMAND NAME [options]` says, and the number of ranks.
+
+    NAME is a recipe's, or the path of a TOML file. Raises ConfigError.
+    """
+    prog = f"mcore-lab {command}"
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_usage(prog, what))
+        raise SystemExit(0 if argv else 2)
+    name, *options = argv
+    if name.startswith("-"):
+        raise ConfigError(f"the recipe comes first: {prog} NAME {name} ...")
+    arguments = parse_recipe(find_recipe(name), options, f"{prog} {name}", LaunchSettings)
+    layout = arguments.recipe.layout
+    return arguments, smallest_world(layout) if arguments.nproc is None else arguments.nproc
+
+
+def smallest_world(layout: ParallelLayout) -> int:
+    """Return the fewest ranks that hold the model once and its experts once."""
+    dense, experts = layout.tp * layout.cp, layout.etp * layout.ep
+    return max(1, layout.pp * math.lcm(dense, experts))
+
+
+def _usage(prog: str, what: str) -> str:
+    return f"""\
+usage: {prog} NAME [--nproc N] [options]
+
+{what}
+
+NAME is one of {", ".join(recipe_names())}, or a TOML file that is laid over one.
+`{prog} {recipe_names()[0]} --help` shows every option, with that recipe's values."""

@@ -1,0 +1,27 @@
+"""`mcore-lab run`: train a recipe on ranks of this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mcore_lab.cli.arguments import recipe_arguments
+from mcore_lab.cli.check import broken_rules
+from mcore_lab.cli.output import print_json
+from mcore_lab.errors import LayoutError
+
+_WHAT = "Train a recipe on N ranks of this machine: on its GPUs if there are enough, else on CPU."
+
+
+def main(argv: Sequence[str]) -> int:
+    """Check the layout, start the ranks, and return 0 when they have all finished."""
+    arguments, nproc = recipe_arguments("run", _WHAT, argv)
+    recipe = arguments.recipe
+    if broken := recipe.layout.check(recipe.model, recipe.data, nproc):
+        raise LayoutError(broken_rules(recipe, nproc, broken))
+
+    from mcore_lab.recipes.start import launch_recipe
+
+    summary = launch_recipe(arguments, nproc)
+    if arguments.json:
+        print_json(summary)
+    return 0

@@ -1,0 +1,150 @@
+"""What differs between Megatron-Core versions, and what the installed one offers.
+
+Nothing in here imports torch or Megatron-Core when it is itself imported.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib.util
+import textwrap
+import typing
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+ACTIVATIONS = ("gelu", "silu", "relu", "quick_gelu", "squared_relu")
+"""Names that stand for a function in `TransformerConfig.activation_func`."""
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+"""Names that stand for a `torch.dtype`."""
+
+
+class TransformerField(NamedTuple):
+    """A field of `TransformerConfig` that a plain value can set."""
+
+    annotation: Any
+    """Its type in plain values: an enum's members and a dtype are given by name."""
+    doc: str
+    """Megatron-Core's own words on it."""
+
+
+@functools.cache
+def transformer_fields(multi_latent_attention: bool = False) -> dict[str, TransformerField]:
+    """Return the settable fields of the installed `TransformerConfig`, by name.
+
+    They are read from Megatron-Core's source: that takes milliseconds, its import seconds.
+    Fields that hold functions or objects are left out, but for `activation_func`. With
+    `multi_latent_attention`, those of `MLATransformerConfig` are added.
+
+    Raises ModuleNotFoundError if Megatron-Core is not installed.
+    """
+    core = megatron_core_folder()
+    classes = {
+        node.name: node
+        for file in ("model_parallel_config.py", "transformer/transformer_config.py")
+        for node in ast.parse((core / file).read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef)
+    }
+    names = _Names(_enum_choices(core / "transformer" / "enums.py"))
+    found: dict[str, TransformerField] = {}
+    for name in ("ModelParallelConfig", "TransformerConfig", "MLATransformerConfig"):
+        if name != "MLATransformerConfig" or multi_latent_attention:
+            found |= _fields(classes[name], names)
+    return found
+
+
+def megatron_core_folder() -> Path:
+    """Return the folder of the installed `megatron.core`, without importing it."""
+    spec = importlib.util.find_spec("megatron")
+    for root in (spec.submodule_search_locations or ()) if spec else ():
+        if (Path(root) / "core" / "transformer" / "transformer_config.py").is_file():
+            return Path(root) / "core"
+    raise ModuleNotFoundError("megatron-core is not installed", name="megatron.core")
+
+
+class _Object:
+    """Stands for any type whose values cannot be written as text."""
+
+    def __class_getitem__(cls, _: object) -> type[_Object]:
+        return cls
+
+
+class _Names(dict[str, Any]):
+    """What the names in Megatron-Core's annotations mean in plain values."""
+
+    def __init__(self, enums: dict[str, Any]) -> None:
+        plain = {kind.__name__: kind for kind in (bool, int, float, str, list, tuple)}
+        generic = {name: getattr(typing, name) for name in ("Literal", "Optional", "Union")}
+        torch = SimpleNamespace(dtype=typing.Literal[DTYPES], Tensor=_Object)
+        super().__init__(plain | generic | enums, List=list, Tuple=tuple, torch=torch)
+
+    def __missing__(self, _: str) -> type[_Object]:
+        return _Object
+
+
+def _enum_choices(file: Path) -> dict[str, Any]:
+    """Return `Literal[member names]` for each enum that the file defines."""
+    choices = {}
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef):
+            members = [item.targets[0] for item in node.body if isinstance(item, ast.Assign)]
+            choices[node.name] = typing.Literal[
+                tuple(member.id for member in members if isinstance(member, ast.Name))
+            ]
+    return choices
+
+
+def _fields(node: ast.ClassDef, names: _Names) -> dict[str, TransformerField]:
+    found = {}
+    for item, after in zip(node.body, [*node.body[1:], None], strict=True):
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+            name = item.target.id
+            # The annotations are Megatron-Core's own code, which a run imports as it is.
+            written = eval(ast.unparse(item.annotation), {"__builtins__": {}}, names)
+            plain = typing.Literal[ACTIVATIONS] if name == "activation_func" else _plain(written)
+            if plain is not _Object and not name.startswith("_"):
+                found[name] = TransformerField(plain, _doc(after))
+    return found
+
+
+def _plain(written: Any) -> Any:
+    """Drop from a union what text cannot express; `_Object` if nothing is left."""
+    if typing.get_origin(written) is not typing.Union:
+        return written
+    members = [plain for m in typing.get_args(written) if (plain := _plain(m)) is not _Object]
+    return _Object if members == [type(None)] else typing.Union[tuple(members)]  # noqa: UP007
+
+
+def _doc(node: ast.stmt | None) -> str:
+    match node:
+        case ast.Expr(value=ast.Constant(value=str(text))):
+            return textwrap.dedent(text).strip()
+    return ""
+
+
+def null_tokenizer(vocab_size: int) -> Any:
+    """Return Megatron-Core's null tokenizer: tokens 0 to `vocab_size`, of which the last ends documents.
+
+    Its library is called `null` before 0.17, which adds the end-of-document token to `vocab_size`;
+    from 0.17 on it is called `null-text` and counts it.
+    """
+    from megatron.core.tokenizers import MegatronTokenizer, megatron_tokenizer
+
+    if "null" in getattr(megatron_tokenizer, "TOKENIZER_LIBRARIES", ()):
+        library, size = "null", vocab_size
+    else:
+        library, size = "null-text", vocab_size + 1
+    return MegatronTokenizer.from_pretrained(
+        metadata_path={"library": library}, vocab_size=size
+    )
+
+
+def byte_level_tokenizer() -> Any:
+    """Return Megatron-Core's byte-level tokenizer: a token a byte of UTF-8, 0 ends a document."""
+    from megatron.core.tokenizers import MegatronTokenizer
+
+    return MegatronTokenizer.from_pretrained(
+        metadata_path={"library": "byte-level"}, vocab_size=256
+    )

@@ -1,0 +1,93 @@
+"""A recipe's command line: every field of the recipe is an option, laid over the recipe's value."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from mcore_lab.config.options import given_words
+from mcore_lab.config.overlay import COMMAND_LINE, field_types, lay_over
+from mcore_lab.config.recipe import Recipe
+from mcore_lab.config.toml import recipe_from_toml
+from mcore_lab.errors import LabError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a recipe's command line says apart from the recipe itself."""
+
+    config: list[str] | None = None
+    """TOML files laid over the recipe before all other options; a later one wins."""
+    run_dir: str | None = None
+    """Folder of the run; runs/NAME if not set."""
+    fresh: bool = False
+    """Start an existing run folder anew: what it holds is removed."""
+    json: bool = False
+    """Print the result as JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchSettings(Settings):
+    """Those of a command that knows how many ranks there are, which else torchrun does."""
+
+    nproc: int | None = None
+    """Ranks on this machine; as few as the layout allows if not set."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunArguments:
+    """A command line that was read: the recipe with every override, and how to run it."""
+
+    recipe: Recipe
+    run_dir: Path
+    fresh: bool = False
+    json: bool = False
+    nproc: int | None = None
+    """Ranks on this machine; None if it was not given, and under torchrun."""
+
+
+def parse_recipe(
+    default: Recipe, argv: Sequence[str], prog: str, settings: type[Settings] = Settings
+) -> RunArguments:
+    """Return the recipe with what the command line says laid over it.
+
+    Raises ConfigError for whatever a command line may not say; `--help` prints the help and raises
+    SystemExit(0).
+    """
+    given = given_words(default, argv, prog, settings, quiet=not is_rank_0())
+    own = {
+        name: COMMAND_LINE.value(name, annotation, given.pop(name))
+        for name, annotation in field_types(settings).items()
+        if name in given
+    }
+    recipe = default
+    for file in own.pop("config", None) or ():
+        recipe = recipe_from_toml(file, base=recipe)
+    recipe = lay_over(recipe, given, COMMAND_LINE)
+    run_dir = own.pop("run_dir", None) or Path("runs") / recipe.name
+    return RunArguments(recipe=recipe, run_dir=Path(run_dir), **own)
+
+
+def parse_recipe_or_exit(default: Recipe, argv: Sequence[str] | None = None) -> RunArguments:
+    """Return `parse_recipe` of this program's command line: for a module that torchrun starts."""
+    words = sys.argv[1:] if argv is None else argv
+    try:
+        return parse_recipe(default, words, f"python -m mcore_lab.recipes.{default.name}")
+    except LabError as error:
+        exit_with(error)
+
+
+def exit_with(error: LabError) -> NoReturn:
+    """Leave the program with the error's exit status; only rank 0 prints its message."""
+    if is_rank_0():
+        print(f"error: {error}", file=sys.stderr)
+    sys.exit(error.exit_code)
+
+
+def is_rank_0() -> bool:
+    """Say whether this process is the one that talks to a person."""
+    return os.environ.get("RANK", "0") == "0"

@@ -1,0 +1,175 @@
+"""The command line's options: tyro finds the words of each, and draws the help."""
+
+from __future__ import annotations
+
+import keyword
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import field, fields, is_dataclass, make_dataclass
+from typing import Annotated, Any
+
+from mcore_lab.config.overlay import field_types, known_transformer_fields, sections
+from mcore_lab.config.recipe import Recipe
+from mcore_lab.config.values import metavar
+from mcore_lab.errors import ConfigError, nearest
+from mcore_lab.layout import SHORT_NAMES
+
+_HELP = """\
+The values below are those of {name}; an option takes the place of one.
+
+A switch is --layout.sp, --layout.no-sp, or --layout.sp False. None unsets an option.
+Any field of Megatron-Core's TransformerConfig can be set: --model.transformer.FIELD VALUE
+(`mcore-lab recipes --transformer-fields` lists them)."""
+
+_TRANSFORMER = "--model.transformer."
+
+
+class Words(list[str]):
+    """The words that follow an option, not yet read."""
+
+
+def given_words(
+    default: Recipe, argv: Sequence[str], prog: str, settings: type, quiet: bool = False
+) -> dict[str, Any]:
+    """Return the words of each given option, nested: `{"layout": {"sequence_parallel": ["True"]}}`.
+
+    The options are the fields of the dataclass `settings` and those of the recipe. Raises
+    ConfigError for unknown options; `--help` prints the help and raises SystemExit(0).
+    """
+    import tyro
+
+    words = _gathered(list(_spelled_out(argv, settings)))
+    parsed: Any
+    parsed, unknown = tyro.cli(
+        _options_class(default, settings, _transformer_names(words)),
+        args=words,
+        prog=prog,
+        description=_HELP.format(name=default.name),
+        return_unknown_args=True,
+        console_outputs=not quiet,
+    )
+    if unknown:
+        raise ConfigError("\n".join(_unknown(unknown, settings)))
+    return _given(parsed)
+
+
+def _given(parsed: Any) -> dict[str, Any]:
+    """Leave out of what tyro returns all that was not given."""
+    values = {f.name: getattr(parsed, f.name) for f in fields(parsed)}
+    nested = {name: _given(value) for name, value in values.items() if is_dataclass(value)}
+    given = {name: value for name, value in values.items() if isinstance(value, Words)}
+    return given | {name: value for name, value in nested.items() if value}
+
+
+def _options_class(default: Recipe, settings: type, transformer: Iterable[str]) -> type:
+    """Return a dataclass of which tyro makes the options: the settings, and the recipe's parts."""
+    short = {name: (f"--layout.{key}", f"--{key}") for key, name in SHORT_NAMES.items()}
+    given = make_dataclass("Transformer", [(name, _option(None)) for name in transformer])
+    groups = []
+    for name, part in sections().items():
+        own = {"transformer": given} if name == "model" else {}
+        options = _part_class(part, getattr(default, name), short if name == "layout" else {}, own)
+        groups.append((name, options, field(metadata={"help": part.__doc__})))
+    base = _part_class(settings, settings(), {}, {})
+    return make_dataclass("Options", groups, bases=(base,), frozen=True, kw_only=True)
+
+
+def _part_class(
+    part: type, default: Any, aliases: Mapping[str, Sequence[str]], own: Mapping[str, type]
+) -> type:
+    """Return the part with each field as an option, but for its `own`; help is the part's."""
+    options: list[Any] = [
+        (name, _option(annotation, aliases.get(name, ())), field(default=getattr(default, name)))
+        for name, annotation in field_types(part).items()
+        if name not in own
+    ]
+    nested = [(name, kind, field(metadata={"help": ""})) for name, kind in own.items()]
+    made = [*options, *nested]
+    return make_dataclass(part.__name__, made, bases=(part,), frozen=True, kw_only=True)
+
+
+def _option(annotation: Any, aliases: Sequence[str] = ()) -> Any:
+    """Return the type of an option that takes any words."""
+    import tyro
+
+    words = tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar=metavar(annotation),
+        instance_from_str=Words,
+        is_instance=lambda _: True,
+        str_from_instance=lambda default: [str(default)],
+    )
+    # Any default is an object: tyro need not import a type checker to find that out.
+    return Annotated[object, words, tyro.conf.arg(aliases=tuple(aliases))]
+
+
+def _spelled_out(argv: Sequence[str], settings: type) -> Iterator[str]:
+    """Yield the words, with `--layout.no-sp` as `--layout.sp False`."""
+    switches = {name for name, annotation in known_options(settings).items() if annotation is bool}
+    if any(word.startswith(_TRANSFORMER) for word in argv):
+        switches |= {
+            _TRANSFORMER + name.replace("_", "-")
+            for name, known in known_transformer_fields().items()
+            if known.annotation is bool
+        }
+    for word in argv:
+        negated = re.fullmatch(r"(--(?:[\w-]+\.)*)no-([\w-]+)", _option_name(word))
+        if negated and (switch := negated[1] + negated[2]) in switches:
+            yield from (switch, "False")
+        else:
+            yield word
+
+
+def _gathered(words: Sequence[str]) -> list[str]:
+    """Put the files of every `--config` behind one: of a repeated option tyro takes the last."""
+    rest: list[str] = []
+    files: list[str] = []
+    taker = rest
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name == "--config":
+            taker = files
+            files += ["--config"] * (not files) + ([value] if equals else [])
+        else:
+            taker = rest if word.startswith("--") else taker
+            taker.append(word)
+    return rest + files
+
+
+def _transformer_names(words: Iterable[str]) -> list[str]:
+    """Return the fields that are given as `--model.transformer.FIELD`."""
+    options = [_option_name(word) for word in words if _option_name(word).startswith(_TRANSFORMER)]
+    names = [option.removeprefix(_TRANSFORMER).replace("-", "_") for option in options]
+    return [
+        name
+        for name in dict.fromkeys(names)
+        if re.fullmatch(r"[a-z]\w*", name) and not keyword.iskeyword(name)
+    ]
+
+
+def _option_name(word: str) -> str:
+    return word.partition("=")[0].replace("_", "-")
+
+
+def known_options(settings: type) -> dict[str, Any]:
+    """Return every option with its type, by each of its names; but not the transformer's fields."""
+    known = dict(field_types(settings))
+    for section, part in sections().items():
+        known |= {f"{section}.{name}": field_types(part)[name] for name in field_types(part)}
+    for short, name in SHORT_NAMES.items():
+        known |= dict.fromkeys((short, f"layout.{short}"), known[f"layout.{name}"])
+    del known["model.transformer"]
+    return {"--" + name.replace("_", "-"): annotation for name, annotation in known.items()}
+
+
+def _unknown(words: Sequence[str], settings: type) -> Iterator[str]:
+    """Say of each unknown option which known ones end as it does, or are near it."""
+    known = list(known_options(settings))
+    if not words[0].startswith("--"):
+        yield f"unexpected argument {words[0]}"
+    for option in [_option_name(word) for word in words if word.startswith("--")]:
+        last = option.removeprefix("--").rpartition(".")[2]
+        same = [name for name in known if name.endswith(f".{last}")]
+        yield f"unknown option {option}" + (
+            f"; did you mean {' or '.join(same)}?" if same else nearest(option, known, limit=2)
+        )

@@ -1,0 +1,128 @@
+"""The ledger: every patch of the CPU layer, what it replaces, why, and for which versions.
+
+Nothing else in mcore_lab changes torch or Megatron-Core, and nothing in here is applied where a
+CUDA device is used. A test holds for each entry that upstream still needs it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from packaging.specifiers import SpecifierSet
+
+from mcore_lab.cpu import cuda_api, gloo, megatron_core, random_stream, tensors
+from mcore_lab.cpu.replace import update_importers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patch:
+    """One change to torch or Megatron-Core."""
+
+    replaces: str
+    """The name that is replaced, as one would import it."""
+    why: str
+    """What fails without it."""
+    apply: Callable[[], None]
+    """Makes the change, once a process."""
+    versions: str = ""
+    """The Megatron-Core versions it is for, as a version specifier; all that are supported if empty."""
+
+    def is_for(self, version: str) -> bool:
+        """Say whether the patch is meant for this version of Megatron-Core."""
+        return SpecifierSet(self.versions).contains(version, prereleases=True)
+
+
+TORCH = (
+    Patch(
+        replaces="torch.cuda",
+        why="there is no CUDA device; device, stream, memory and random calls are answered for the CPU",
+        apply=cuda_api.install_cuda,
+    ),
+    Patch(
+        replaces="torch.accelerator",
+        why="a CUDA build of torch without a GPU reaches for the driver once torch.cuda is available",
+        apply=cuda_api.install_accelerator,
+    ),
+    Patch(
+        replaces="torch.get_rng_state, torch.set_rng_state",
+        why="the default generator holds the device's state while the device draws",
+        apply=random_stream.keep_cpu_state_apart,
+    ),
+    Patch(
+        replaces="torch functions with device='cuda', .cuda(), pin_memory and dropout",
+        why="tensors live on the CPU and draw from the device's random stream",
+        apply=tensors.enter_mode_in_every_thread,
+    ),
+    Patch(
+        replaces="torch.Tensor.type",
+        why="gradient clipping and the optimizers compare it with 'torch.cuda.FloatTensor'",
+        apply=tensors.report_cuda_types,
+    ),
+    Patch(
+        replaces="torch.distributed.init_process_group, new_group",
+        why="there is no NCCL: its groups become Gloo groups",
+        apply=gloo.gloo_for_nccl,
+    ),
+    Patch(
+        replaces="torch.distributed.barrier",
+        why="Gloo refuses device_ids",
+        apply=gloo.barrier_without_devices,
+    ),
+    Patch(
+        replaces="torch.distributed.all_gather_into_tensor",
+        why="Gloo rejects a stacked output shape",
+        apply=gloo.flat_all_gather_into_tensor,
+    ),
+    Patch(
+        replaces="torch.distributed.all_gather",
+        why="Gloo refuses uneven sizes, which expert tensor parallelism gathers",
+        apply=gloo.uneven_all_gather,
+    ),
+)
+
+MEGATRON = (
+    Patch(
+        replaces="megatron.core.jit.jit_fuser",
+        why="torch.compile runs a compiler in every rank",
+        apply=megatron_core.import_without_torch_compile,
+    ),
+    Patch(
+        replaces="megatron.core.tensor_parallel.random.CudaRNGStatesTracker.fork",
+        why="draws inside a fork come from the device's random stream, not from the CPU's",
+        apply=megatron_core.fork_draws_on_device,
+    ),
+    Patch(
+        replaces="megatron.core.utils.is_te_min_version",
+        why="without Transformer Engine it compares None with a version and raises",
+        apply=megatron_core.compare_missing_transformer_engine,
+    ),
+    Patch(
+        replaces="megatron.core.transformer.moe.moe_utils.te_general_gemm",
+        why="an undefined name without Transformer Engine",
+        apply=megatron_core.define_te_general_gemm,
+        versions="<0.17",
+    ),
+    Patch(
+        replaces="megatron.core.transformer.moe.moe_utils.maybe_move_tensor_to_cpu",
+        why="all-to-all split sizes have to be numpy, for CPU tensors too",
+        apply=megatron_core.numpy_from_cpu_tensors,
+    ),
+    Patch(
+        replaces="megatron.core.datasets.utils.compile_helpers",
+        why="it runs make in a folder whose Makefile is not in the wheel",
+        apply=megatron_core.use_compiled_helpers,
+    ),
+)
+
+LEDGER = TORCH + MEGATRON
+
+
+def apply_all() -> None:
+    """Apply each patch that is meant for the installed Megatron-Core, in the ledger's order."""
+    version = importlib.metadata.version("megatron-core")
+    for patch in LEDGER:
+        if patch.is_for(version):
+            patch.apply()
+    update_importers()

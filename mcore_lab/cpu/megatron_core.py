@@ -1,0 +1,128 @@
+"""What Megatron-Core itself needs in order to run without a GPU and without Transformer Engine."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.machinery
+import importlib.metadata
+import importlib.util
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from mcore_lab.cpu.random_stream import STREAM
+from mcore_lab.cpu.replace import replace
+
+_MODULES = (
+    "megatron.core.models.gpt.gpt_model",
+    "megatron.core.models.gpt.gpt_layer_specs",
+    "megatron.core.distributed",
+    "megatron.core.optimizer",
+    "megatron.core.optimizer_param_scheduler",
+    "megatron.core.pipeline_parallel",
+    "megatron.core.dist_checkpointing",
+    "megatron.core.datasets.gpt_dataset",
+    "megatron.core.datasets.blended_megatron_dataset_builder",
+    "megatron.core.tokenizers",
+)
+_HELPERS = "megatron.core.datasets.helpers_cpp"
+_EXTENSION_SUFFIX = importlib.machinery.EXTENSION_SUFFIXES[0]
+
+
+def import_without_torch_compile() -> None:
+    """Import what a GPT run needs of Megatron-Core, about 2 s, with torch.compile left out.
+
+    Megatron-Core decorates small functions with it when it is imported, and on CPU each of them
+    would run a compiler in every rank. A decorated function is bound by the time the switch
+    `disable_jit_fuser` can be called, so `torch.compile` hands back what it is given meanwhile.
+    """
+    compile_ = torch.compile
+
+    def leave_as_it_is(model: Any = None, **kwargs: Any) -> Any:
+        return functools.partial(leave_as_it_is, **kwargs) if model is None else model
+
+    torch.compile = leave_as_it_is  # type: ignore[assignment]
+    try:
+        for name in _MODULES:
+            importlib.import_module(name)
+        importlib.import_module("megatron.core.jit").disable_jit_fuser()
+    finally:
+        torch.compile = compile_  # type: ignore[assignment]
+
+
+def fork_draws_on_device() -> None:
+    """What is drawn inside `get_cuda_rng_tracker().fork()` comes from the device's stream."""
+    tracker = importlib.import_module("megatron.core.tensor_parallel.random").CudaRNGStatesTracker
+    fork = tracker.fork
+
+    @contextlib.contextmanager
+    def fork_on_device(self: Any, *args: Any, **kwargs: Any) -> Iterator[None]:
+        with STREAM.drawing(), fork(self, *args, **kwargs):
+            yield
+
+    tracker.fork = fork_on_device
+
+
+def compare_missing_transformer_engine() -> None:
+    """Without Transformer Engine no minimum version of it is met."""
+    utils = importlib.import_module("megatron.core.utils")
+    is_min = utils.is_te_min_version
+
+    @functools.wraps(is_min)
+    def is_te_min_version(version: str, check_equality: bool = True) -> bool:
+        return utils.get_te_version() is not None and is_min(version, check_equality)
+
+    replace(utils, "is_te_min_version", is_te_min_version)
+
+
+def define_te_general_gemm() -> None:
+    """`moe_utils` asks whether `te_general_gemm is None` without having defined it."""
+    moe_utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+
+def numpy_from_cpu_tensors() -> None:
+    """`maybe_move_tensor_to_cpu(as_numpy=True)` leaves tensors that are on the CPU as they are."""
+    moe_utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    move = moe_utils.maybe_move_tensor_to_cpu
+
+    @functools.wraps(move)
+    def move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        if as_numpy and torch.is_tensor(tensor):
+            return tensor.numpy()
+        return tensor
+
+    replace(moe_utils, "maybe_move_tensor_to_cpu", move_tensor_to_cpu)
+
+
+def use_compiled_helpers() -> None:
+    """`compile_helpers()` runs make in a folder whose Makefile is not in the wheel; the helper is.
+
+    A script that runs from a source checkout gets the installed wheel's helper too: make would build
+    one for whichever Python comes first on the path.
+    """
+    utils = importlib.import_module("megatron.core.datasets.utils")
+    compile_with_make = utils.compile_helpers
+    if importlib.util.find_spec(_HELPERS) is None:
+        _load_helpers_from_wheel()
+
+    @functools.wraps(compile_with_make)
+    def compile_helpers() -> None:
+        if _HELPERS not in sys.modules and importlib.util.find_spec(_HELPERS) is None:
+            compile_with_make()
+
+    replace(utils, "compile_helpers", compile_helpers)
+
+
+def _load_helpers_from_wheel() -> None:
+    for file in importlib.metadata.files("megatron-core") or ():
+        if file.name.startswith("helpers_cpp.") and file.name.endswith(_EXTENSION_SUFFIX):
+            spec = importlib.util.spec_from_file_location(_HELPERS, str(file.locate()))
+            if spec and spec.loader:
+                sys.modules[_HELPERS] = importlib.util.module_from_spec(spec)
+                spec.loader.exec_module(sys.modules[_HELPERS])

@@ -1,0 +1,86 @@
+"""Which samples make up step k: drawn by global index, so the same for every layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+from torch.utils.data import Dataset, default_collate
+
+from mcore_lab.config import Recipe
+
+Batch = dict[str, torch.Tensor]
+"""`tokens`, `labels`, `loss_mask`, `position_ids`, each `[micro batch, sequence]`."""
+
+
+class GlobalBatches:
+    """The global batches of a dataset, and this data-parallel rank's part of each.
+
+    Sample n of the run is entry n of an endless sequence: the dataset in a new order each epoch,
+    decided by the seed alone. Step k takes `global_batch_size` samples from `k * global_batch_size`
+    on, whatever the layout and however many steps the run has.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        *,
+        micro_batch_size: int,
+        global_batch_size: int,
+        data_parallel_rank: int,
+        data_parallel_size: int,
+        seed: int,
+    ) -> None:
+        self._dataset = dataset
+        self._micro_batch_size = micro_batch_size
+        self._global_batch_size = global_batch_size
+        self._rank, self._ranks = data_parallel_rank, data_parallel_size
+        self._seed = seed
+        self._epoch_order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+
+    @property
+    def num_microbatches(self) -> int:
+        """Micro-batches that this rank takes a step."""
+        return self._global_batch_size // (self._micro_batch_size * self._ranks)
+
+    def sample_index(self, position: int) -> int:
+        """Return which of the dataset's samples is number `position` of the run."""
+        epoch, place = divmod(position, len(self._dataset))  # type: ignore[arg-type]
+        if self._epoch_order[0] != epoch:
+            order = np.random.default_rng((self._seed, epoch)).permutation(len(self._dataset))  # type: ignore[arg-type]
+            self._epoch_order = (epoch, order)
+        return int(self._epoch_order[1][place])
+
+    def step(self, step: int) -> Iterator[Batch]:
+        """Yield this rank's micro-batches of step number `step`, counted from 0."""
+        start = step * self._global_batch_size
+        for microbatch in range(self.num_microbatches):
+            first = (microbatch * self._ranks + self._rank) * self._micro_batch_size
+            positions = range(start + first, start + first + self._micro_batch_size)
+            yield self._collate([self.sample_index(position) for position in positions])
+
+    def _collate(self, indices: list[int]) -> Batch:
+        batch = default_collate([self._dataset[index] for index in indices])
+        return {name: value.cuda(non_blocking=True) for name, value in batch.items()}
+
+
+def global_batches(
+    recipe: Recipe, dataset: Dataset[Any], *, at_least: int | None = None
+) -> GlobalBatches:
+    """Return the recipe's batches of `dataset`, for this rank of Megatron-Core's data-parallel group.
+
+    With `at_least`, a batch has that many samples, rounded up to what the ranks can share.
+    """
+    micro, ranks = recipe.data.micro_batch_size, parallel_state.get_data_parallel_world_size()
+    rounded = -(-(at_least or 0) // (micro * ranks)) * micro * ranks
+    return GlobalBatches(
+        dataset,
+        micro_batch_size=micro,
+        global_batch_size=rounded or recipe.data.global_batch_size,
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        data_parallel_size=ranks,
+        seed=recipe.training.seed,
+    )

@@ -1,0 +1,111 @@
+"""Rules of mixtures of experts: expert and expert-tensor parallelism."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from mcore_lab.layout.rules.case import Case
+from mcore_lab.layout.rules.report import BrokenRule, either, multiple_of
+
+_DEFAULT_TOPK = 2
+"""`TransformerConfig.moe_router_topk`, if it is not set."""
+
+
+def expert_sizes_have_experts(case: Case) -> Iterator[BrokenRule]:
+    """Without experts there is nothing to split by ep or etp."""
+    if case.model.num_moe_experts:
+        return
+    layout = case.layout
+    if layout.ep > 1:
+        yield BrokenRule(
+            rule="ep above 1 needs num_moe_experts",
+            numbers=f"ep {layout.ep}, no experts",
+            fix=f"--layout.ep 1, or --model.num-moe-experts {layout.ep}",
+        )
+    if layout.etp not in (1, layout.tp):
+        yield BrokenRule(
+            rule="etp above 1 needs num_moe_experts",
+            numbers=f"etp {layout.etp}, no experts",
+            fix="--layout.etp 1",
+        )
+
+
+def experts_split(case: Case) -> Iterator[BrokenRule]:
+    """Each expert-parallel rank has whole experts, and as many."""
+    if case.model.num_moe_experts:
+        yield from multiple_of(case.layout, case.model_amount("num_moe_experts"), ("ep",))
+
+
+def router_has_enough_experts(case: Case) -> Iterator[BrokenRule]:
+    """A token goes to no more experts than there are."""
+    experts = case.model.num_moe_experts
+    topk = case.model_amount("moe_router_topk", default=_DEFAULT_TOPK)
+    if experts and topk.value > experts:
+        yield BrokenRule(
+            rule="moe_router_topk must not be above num_moe_experts",
+            numbers=f"moe_router_topk {topk.value}, num_moe_experts {experts}",
+            fix=either(
+                topk.setting.format(experts),
+                case.model_amount("num_moe_experts").setting.format(topk.value),
+            ),
+        )
+
+
+def expert_width_splits(case: Case) -> Iterator[BrokenRule]:
+    """The width of each expert is split evenly over expert-tensor-parallel ranks."""
+    if case.model.num_moe_experts:
+        dense = case.of_model("ffn_hidden_size", 4 * case.model.hidden_size)
+        width = case.model_amount("moe_ffn_hidden_size", default=dense)
+        yield from multiple_of(case.layout, width, ("etp",))
+
+
+def shared_expert_width_splits(case: Case) -> Iterator[BrokenRule]:
+    """Shared experts are split as a dense layer is."""
+    width = case.model_amount("moe_shared_expert_intermediate_size")
+    if case.model.num_moe_experts:
+        yield from multiple_of(case.layout, width, ("tp",))
+
+
+def experts_need_sequence_parallelism(case: Case) -> Iterator[BrokenRule]:
+    """Experts are trained on tokens split over tensor-parallel ranks: `MoELayer` refuses others."""
+    layout = case.layout
+    if case.model.num_moe_experts and layout.tp > 1 and not layout.sp:
+        yield BrokenRule(
+            rule="experts with tp above 1 need sequence_parallel",
+            numbers=f"num_moe_experts {case.model.num_moe_experts}, tp {layout.tp}",
+            fix="--layout.sp True, or --layout.tp 1",
+        )
+
+
+def split_experts_have_no_bias(case: Case) -> Iterator[BrokenRule]:
+    """Experts that are split have no bias: `TransformerConfig` refuses its own default."""
+    bias = case.of_model("add_bias_linear", True)
+    if case.model.num_moe_experts and bias and case.layout.etp > 1:
+        yield BrokenRule(
+            rule="experts with etp above 1 must have no bias",
+            numbers=f"etp {case.layout.etp}, add_bias_linear True",
+            fix="--layout.etp 1, or --model.transformer.add_bias_linear False",
+        )
+
+
+def shared_experts_have_no_bias(case: Case) -> Iterator[BrokenRule]:
+    """Shared experts have no bias, whether split or not: `SharedExpertMLP` refuses it."""
+    width = case.of_model("moe_shared_expert_intermediate_size")
+    if case.model.num_moe_experts and width and case.of_model("add_bias_linear", True):
+        yield BrokenRule(
+            rule="shared experts must have no bias",
+            numbers=f"moe_shared_expert_intermediate_size {width}, add_bias_linear True",
+            fix="--model.transformer.add_bias_linear False",
+        )
+
+
+RULES: tuple[Callable[[Case], Iterator[BrokenRule]], ...] = (
+    expert_sizes_have_experts,
+    experts_split,
+    router_has_enough_experts,
+    expert_width_splits,
+    shared_expert_width_splits,
+    experts_need_sequence_parallelism,
+    split_experts_have_no_bias,
+    shared_experts_have_no_bias,
+)

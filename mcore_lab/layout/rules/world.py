@@ -1,0 +1,159 @@
+"""Rules of the sizes themselves: positive, laid out in one order, and filling the world."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from math import prod
+from typing import TYPE_CHECKING
+
+from mcore_lab.layout.rules.case import Case
+from mcore_lab.layout.rules.report import Amount, BrokenRule, multiple_of
+
+if TYPE_CHECKING:
+    from mcore_lab.layout.parallel import ParallelLayout
+
+_DENSE = ("tp", "cp", "pp")
+_EXPERT = ("etp", "ep", "pp")
+_FOLDED = " (ep and etp fold into the world, they do not multiply it)"
+_DEFAULT_ORDER = "tp-cp-ep-dp-pp"
+
+_POSITIVE_IN_MODEL = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "ffn_hidden_size",
+    "num_moe_experts",
+    "vocab_size",
+)
+_POSITIVE_IN_DATA = ("sequence_length", "micro_batch_size", "global_batch_size")
+
+
+def numbers_are_positive(case: Case) -> Iterator[BrokenRule]:
+    """Every size and every amount that is divided is at least 1."""
+    yield from _sizes_are_positive(case.layout, case.world_size)
+    amounts = [
+        *(case.model_amount(name, default=1) for name in _POSITIVE_IN_MODEL),
+        *(case.data_amount(name) for name in _POSITIVE_IN_DATA),
+    ]
+    yield from _at_least_one(amounts)
+
+
+def sizes_are_set_in_the_layout(case: Case) -> Iterator[BrokenRule]:
+    """`model.transformer` holds no other value for what the layout decides."""
+    own_rule = ("overlap_p2p_comm", "batch_p2p_comm")
+    for name, size in case.layout.transformer_fields().items():
+        given = case.model.transformer.get(name)
+        if given not in (None, size) and name not in own_rule:
+            yield BrokenRule(
+                rule=f"{name} is the layout's to set, not model.transformer's",
+                numbers=f"model.transformer has {given}, the layout {size}",
+                fix=f"--layout.{name.replace('_', '-')} {given}, and leave it out of the model",
+            )
+
+
+def order_names_each_dimension(case: Case) -> Iterator[BrokenRule]:
+    """The order is a permutation of the five dimensions."""
+    if not _is_permutation(case.layout.order):
+        yield BrokenRule(
+            rule="order must name each of tp, cp, ep, dp and pp once",
+            numbers=f"order {case.layout.order!r}",
+            fix=f"--layout.order {_DEFAULT_ORDER}",
+        )
+
+
+def world_is_filled(case: Case) -> Iterator[BrokenRule]:
+    """The world is a whole number of replicas of the model, and of the experts."""
+    layout = case.layout
+    yield from world_holds_dense(layout, case.world_size)
+    # Without experts of other sizes the second rule only repeats the first.
+    if (layout.tp * layout.cp) % (layout.etp * layout.ep):
+        yield from world_holds_experts(layout, case.world_size)
+
+
+def world_holds_dense(layout: ParallelLayout, world_size: int) -> Iterator[BrokenRule]:
+    """The world is a multiple of tp * cp * pp."""
+    note = _FOLDED if layout.ep > 1 or layout.etp != layout.tp else ""
+    yield from _world_is_multiple(layout, world_size, _DENSE, note)
+
+
+def world_holds_experts(layout: ParallelLayout, world_size: int) -> Iterator[BrokenRule]:
+    """The same world is a multiple of etp * ep * pp."""
+    yield from _world_is_multiple(layout, world_size, _EXPERT, _FOLDED)
+
+
+def pipelines_agree(case: Case) -> Iterator[BrokenRule]:
+    """The dense and the expert grid have the same pipelines, as one model needs.
+
+    Source: the assertions of `parallel_state.initialize_model_parallel`.
+    """
+    layout, world_size = case.layout, case.world_size
+    # With pp last, a stage is one block of ranks, and the same one in both grids.
+    if layout.pp == 1 or layout.order.endswith("pp"):
+        return
+    if not _is_permutation(layout.order) or not _fills(world_size, layout):
+        return
+    dp, edp = layout.data_parallel_size(world_size), layout.expert_data_parallel_size(world_size)
+    dense = _pipeline_stride(layout.order, {"tp": layout.tp, "cp": layout.cp, "dp": dp})
+    experts = _pipeline_stride(layout.order, {"tp": layout.etp, "ep": layout.ep, "dp": edp})
+    if dp != edp or dense != experts:
+        yield BrokenRule(
+            rule="unless pp is last in the order, dense layers and experts must have the same dp "
+            "and the same pipelines",
+            numbers=f"order {layout.order}, dp {dp} and {edp}, "
+            f"next stage {dense} and {experts} ranks away",
+            fix=f"--layout.order {_with_pp_last(layout.order)}",
+        )
+
+
+def _world_is_multiple(
+    layout: ParallelLayout, world_size: int, sizes: tuple[str, ...], note: str
+) -> Iterator[BrokenRule]:
+    ranks = Amount("world size", world_size, "{} ranks")
+    below_one = list(_sizes_are_positive(layout, world_size))
+    yield from below_one or multiple_of(layout, ranks, sizes, works=_fills, note=note)
+
+
+def _sizes_are_positive(layout: ParallelLayout, world_size: int) -> Iterator[BrokenRule]:
+    # etp is tp's echo where it is not set.
+    names = ["tp", "cp", "ep", "pp", "vpp"]
+    names += [] if layout.expert_tensor_parallel_size is None else ["etp"]
+    sizes = [Amount(name, getattr(layout, name), f"--layout.{name} {{}}") for name in names]
+    yield from _at_least_one([Amount("world size", world_size, "{} rank"), *sizes])
+
+
+def _at_least_one(amounts: Iterable[Amount]) -> Iterator[BrokenRule]:
+    for amount in amounts:
+        if amount.value < 1:
+            yield BrokenRule(
+                rule=f"{amount.name} must be at least 1",
+                numbers=f"{amount.name} {amount.value}",
+                fix=amount.setting.format(1),
+            )
+
+
+def _fills(world_size: int, layout: ParallelLayout) -> bool:
+    dense = layout.tp * layout.cp * layout.pp
+    experts = layout.etp * layout.ep * layout.pp
+    return world_size % dense == 0 and world_size % experts == 0
+
+
+def _pipeline_stride(order: str, sizes: dict[str, int]) -> int:
+    closer = order.split("pp")[0].split("-")
+    return prod(sizes.get(name, 1) for name in closer)
+
+
+def _with_pp_last(order: str) -> str:
+    return "-".join([name for name in order.split("-") if name != "pp"] + ["pp"])
+
+
+def _is_permutation(order: str) -> bool:
+    return sorted(order.split("-")) == ["cp", "dp", "ep", "pp", "tp"]
+
+
+RULES: tuple[Callable[[Case], Iterator[BrokenRule]], ...] = (
+    sizes_are_set_in_the_layout,
+    order_names_each_dimension,
+    world_is_filled,
+    pipelines_agree,
+)

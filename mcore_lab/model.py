@@ -1,0 +1,152 @@
+"""From a recipe to Megatron-Core's `TransformerConfig` and `GPTModel`'s arguments."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.activations import quick_gelu, squared_relu
+from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+
+from mcore_lab.config import Recipe
+from mcore_lab.errors import ConfigError
+from mcore_lab.layout import ParallelLayout
+
+_DIMENSIONS = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "ffn_hidden_size",
+    "num_moe_experts",
+)
+_GPT_ARGUMENTS = (
+    "parallel_output",
+    "share_embeddings_and_output_weights",
+    "position_embedding_type",
+    "fp16_lm_cross_entropy",
+    "rotary_percent",
+    "rotary_base",
+    "rope_scaling",
+    "rope_scaling_factor",
+    "scatter_embedding_sequence_parallel",
+    "seq_len_interpolation_factor",
+)
+_ACTIVATIONS = {
+    "gelu": F.gelu,
+    "quick_gelu": quick_gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+    "squared_relu": squared_relu,
+}
+_VOCABULARY_MULTIPLE = 128
+
+
+def transformer_config(recipe: Recipe) -> TransformerConfig:
+    """Return the recipe's `TransformerConfig`: its model's shape, its layout's sizes, its precision.
+
+    Raises ConfigError with Megatron-Core's own words for what it refuses.
+    """
+    model = recipe.model
+    dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
+    fields: dict[str, Any] = {
+        "use_cpu_initialization": True,
+        "bf16": dtype is torch.bfloat16,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        # Each token of the global batch weighs the same, however it is cut into micro-batches and
+        # ranks; averages of averages would not when masks differ.
+        "calculate_per_token_loss": True,
+        # The fused kernels are CUDA code.
+        "masked_softmax_fusion": False,
+    }
+    fields |= {name: getattr(model, name) for name in _DIMENSIONS}
+    fields |= recipe.layout.transformer_fields()
+    fields |= {name: _value(name, value) for name, value in model.transformer.items()}
+    kind = MLATransformerConfig if fields.get("multi_latent_attention") else TransformerConfig
+    known = {field.name for field in dataclasses.fields(kind)}
+    # A field that only the other Megatron-Core version has, and that is not set, is left out.
+    fields = {name: value for name, value in fields.items() if name in known}
+    try:
+        return kind(**fields)
+    except (AssertionError, ValueError, TypeError) as error:
+        raise ConfigError(f"Megatron-Core refuses the model: {error or type(error).__name__}") from error
+
+
+def _value(name: str, value: Any) -> Any:
+    """Turn what a command line or TOML can hold into what `TransformerConfig` takes."""
+    if not isinstance(value, str):
+        return value
+    if name == "activation_func":
+        if value not in _ACTIVATIONS:
+            raise ConfigError(f"activation_func {value!r} is none of {', '.join(_ACTIVATIONS)}")
+        return _ACTIVATIONS[value]
+    if name.endswith("_dtype"):
+        return getattr(torch, value)
+    if name == "attention_backend":
+        return AttnBackend[value]
+    return value
+
+
+def gpt_arguments(recipe: Recipe, vocab_size: int) -> dict[str, Any]:
+    """Return `GPTModel`'s arguments that are the same on every rank."""
+    model = recipe.model
+    return {
+        "vocab_size": model_vocab_size(recipe, vocab_size),
+        "max_sequence_length": model.max_sequence_length or recipe.data.sequence_length,
+        **{name: getattr(model, name) for name in _GPT_ARGUMENTS},
+    }
+
+
+def model_vocab_size(recipe: Recipe, needed: int) -> int:
+    """Return the embedding's rows: the model's own number, or what the tokenizer needs, rounded up.
+
+    To a multiple of 128, as Megatron-LM does, and of the tensor-parallel size. Raises ConfigError
+    when the model has fewer rows than the tokenizer has tokens.
+    """
+    multiple = math.lcm(_VOCABULARY_MULTIPLE, recipe.layout.tp)
+    rounded = -(-needed // multiple) * multiple
+    rows = recipe.model.vocab_size
+    if rows is not None and rows < needed:
+        raise ConfigError(
+            f"the data's tokens need an embedding of {needed} rows, but the model has {rows}: "
+            f"--model.vocab-size {rounded}"
+        )
+    return rows if rows is not None else rounded
+
+
+class Stage(NamedTuple):
+    """A part of the pipeline that this rank holds."""
+
+    vp_stage: int | None
+    """Which of this rank's chunks it is; None without interleaving."""
+    is_first: bool
+    """Whether it holds the embedding."""
+    is_last: bool
+    """Whether it holds the output layer and the loss."""
+
+
+def pipeline_stages(layout: ParallelLayout) -> list[Stage]:
+    """Return the stages that this rank holds: one, or one a virtual stage of an interleaved pipeline."""
+    stages: list[int | None] = [None] if layout.vpp == 1 else list(range(layout.vpp))
+    first, last = parallel_state.is_pipeline_first_stage, parallel_state.is_pipeline_last_stage
+    return [
+        Stage(
+            vp_stage=stage,
+            is_first=first(ignore_virtual=False, vp_stage=stage),
+            is_last=last(ignore_virtual=False, vp_stage=stage),
+        )
+        for stage in stages
+    ]
+
+
+def on_device(config: TransformerConfig, chunk: torch.nn.Module) -> torch.nn.Module:
+    """Put a chunk on this rank's device, under bf16 in Megatron-Core's wrapper for it."""
+    chunk.cuda(torch.cuda.current_device())
+    return Float16Module(config, chunk) if config.bf16 else chunk

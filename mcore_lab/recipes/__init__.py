@@ -1,0 +1,53 @@
+"""The recipes: one short module each, with `RECIPE` and a `main`. Listing them imports no torch."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import pkgutil
+import re
+from pathlib import Path
+
+from mcore_lab.config import Recipe, read_toml, recipe_from_toml, recipe_name
+from mcore_lab.errors import ConfigError, nearest
+
+
+def recipe_names() -> list[str]:
+    """Return the names of all recipes: the modules in here that define `RECIPE`."""
+    modules = {module.name for module in pkgutil.iter_modules(__path__)}
+    return sorted(name for name in modules if not name.startswith("_") and _defines_recipe(name))
+
+
+def load_recipe(name: str) -> Recipe:
+    """Return the recipe of that name. Raises ConfigError with the near names if there is none."""
+    known = recipe_names()
+    if name not in known:
+        hint = nearest(name, known) or f"; there is {', '.join(known)}"
+        raise ConfigError(f"no recipe {name}{hint}")
+    recipe = importlib.import_module(f"{__name__}.{name}").RECIPE
+    assert isinstance(recipe, Recipe)
+    return recipe
+
+
+def find_recipe(name: str) -> Recipe:
+    """Return a recipe by its name, or by the path of a TOML file, laid over the one it names.
+
+    Raises ConfigError as `load_recipe` and `recipe_from_toml` do.
+    """
+    if not name.endswith(".toml"):
+        return load_recipe(name)
+    return recipe_from_toml(name, base=load_recipe(recipe_name(name, read_toml(name))))
+
+
+def describe(name: str) -> str:
+    """Return what the recipe is, in one line: the first of its module's docstring."""
+    return (importlib.import_module(f"{__name__}.{name}").__doc__ or "").strip().partition("\n")[0]
+
+
+def _defines_recipe(name: str) -> bool:
+    # Read, not imported: a module in here that is no recipe may import torch.
+    spec = importlib.util.find_spec(f"{__name__}.{name}")
+    if spec is None or spec.origin is None:
+        return False
+    source = Path(spec.origin).read_text(encoding="utf-8")
+    return re.search(r"^RECIPE\b", source, flags=re.MULTILINE) is not None

@@ -1,0 +1,105 @@
+"""The story of a run, told once: the `main` of every recipe comes here.
+
+Read `train` from top to bottom: what has Megatron-Core's name is Megatron-Core's.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from mcore_lab.backends import choose_backend, decoder_block_spec
+from mcore_lab.checkpoint import starting_point, step_folder
+from mcore_lab.checkpoint.load import load_checkpoint, load_weights
+from mcore_lab.checkpoint.save import save_checkpoint
+from mcore_lab.config import Recipe
+from mcore_lab.data.batches import global_batches
+from mcore_lab.data.datasets import build_datasets
+from mcore_lab.model import gpt_arguments, on_device, pipeline_stages, transformer_config
+from mcore_lab.runtime import World
+from mcore_lab.training.evaluate import evaluate
+from mcore_lab.training.forward import forward_step, mean_loss
+from mcore_lab.training.optimizer import ddp_config, lr_scheduler, optimizer_config
+from mcore_lab.training.recorder import Recorder, Summary
+
+
+def train(recipe: Recipe, world: World, recorder: Recorder) -> Summary:
+    """Train `recipe` on this rank of `world`, with all the others, and return how it ended."""
+    data, training = recipe.data, recipe.training
+
+    # Who is who: this rank joins the groups of its tensor, pipeline, context, expert and data peers.
+    parallel_state.initialize_model_parallel(**recipe.layout.model_parallel_sizes())
+    torch.manual_seed(training.seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(training.seed)
+
+    # What it learns from: samples drawn by global index, this rank's share of each step.
+    datasets = build_datasets(data)
+    batches = global_batches(recipe, datasets.train)
+
+    # What it holds: its slice of its layers, in one chunk a (virtual) pipeline stage.
+    config = transformer_config(recipe)
+    backend = choose_backend(recipe.model.backend, world.device.type)
+    chunks = [
+        GPTModel(
+            config,
+            decoder_block_spec(config, backend, stage.vp_stage),
+            **gpt_arguments(recipe, datasets.vocab_size),
+            pre_process=stage.is_first,
+            post_process=stage.is_last,
+            vp_stage=stage.vp_stage,
+        )
+        for stage in pipeline_stages(recipe.layout)
+    ]
+    model = [
+        DistributedDataParallel(config, ddp_config(recipe), on_device(config, chunk))
+        for chunk in chunks
+    ]
+
+    # What moves it: Adam, the learning rate's course, and the pipeline's schedule.
+    optimizer = get_megatron_optimizer(optimizer_config(recipe), model)
+    scheduler = lr_scheduler(training, optimizer)
+    config.grad_scale_func = optimizer.scale_loss
+    config.finalize_model_grads_func = finalize_model_grads
+    forward_backward = get_forward_backward_func()
+
+    # Where it starts: at step 0, or where a checkpoint of any layout left off.
+    first_step = 0
+    checkpoints = recorder.folder.checkpoints
+    if start := starting_point(recipe.checkpoint.load, training.resume, checkpoints):
+        if training.resume == "none":
+            load_weights(start, model, optimizer)
+        else:
+            first_step = load_checkpoint(start, model, optimizer, scheduler)
+
+    recorder.begin(recipe, world, backend, first_step)
+    for step in range(first_step, training.steps):
+        started = time.perf_counter()
+        for chunk in model:
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        reports = forward_backward(
+            forward_step_func=forward_step,
+            data_iterator=[batches.step(step) for _ in model],
+            model=model,
+            num_microbatches=batches.num_microbatches,
+            seq_length=data.sequence_length,
+            micro_batch_size=data.micro_batch_size,
+            forward_only=False,
+        )
+        _, grad_norm, _ = optimizer.step()
+        loss, lr = mean_loss(reports), optimizer.param_groups[0]["lr"]
+        scheduler.step(increment=1)
+        recorder.step(step + 1, loss, grad_norm, lr, time.perf_counter() - started)
+
+        if datasets.valid and training.evaluates_after(step + 1):
+            recorder.validation(evaluate(recipe, datasets.valid, model, forward_backward))
+        if recipe.checkpoint.saves_after(step + 1, last=training.steps):
+            folder = step_folder(checkpoints, step + 1)
+            recorder.saved(save_checkpoint(folder, model, optimizer, scheduler, step + 1))
+    return recorder.summary()

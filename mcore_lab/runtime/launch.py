@@ -1,0 +1,194 @@
+"""Start ranks on this machine: on CPU forked from a process that has imported Megatron-Core already."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import logging
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch.distributed import DistError
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from mcore_lab import cpu
+from mcore_lab.errors import LabError, RankFailedError
+from mcore_lab.runtime.device import threads_per_rank
+
+T = TypeVar("T")
+_LOST_PEER_SECONDS = 3.0
+_START_SECONDS = 120.0
+_TALKATIVE = ("torch.distributed.elastic", "torch.multiprocessing.spawn")
+
+
+def launch(
+    function: Callable[..., T],
+    nproc: int,
+    *args: Any,
+    timeout: float | None = None,
+    device: str = "cpu",
+) -> list[T]:
+    """Run `function(*args)` in `nproc` ranks on this machine and return what each returned.
+
+    The ranks find torchrun's environment (`RANK`, `WORLD_SIZE`, …); results must be picklable. On
+    `cpu` they are forked, 8 in under a second. On `cuda`, which a forked process cannot use, they
+    are started anew, and the function and its arguments must be picklable too.
+    A rank that fails brings the others down. A LabError of a rank is raised here as it is; of any
+    other failure RankFailedError names the rank and gives its traceback. After `timeout` seconds
+    the ranks are ended and the stacks they hung in are shown.
+    """
+    method = "spawn" if device == "cuda" else "fork"
+    if method == "fork":
+        cpu.preload()
+    with tempfile.TemporaryDirectory(prefix="mcore_lab-") as folder, _few_threads(nproc), _quiet():
+        all_started = multiprocessing.get_context(method).Barrier(nproc)
+        ranks = elastic_launch(_config(nproc, method), _rank_main)
+        try:
+            results = ranks(Path(folder), timeout, all_started, function, args)
+        except ChildFailedError as error:
+            raise _first_failure(error.failures, Path(folder)) from None
+        except SignalException as error:
+            if error.sigval == signal.SIGINT:
+                raise KeyboardInterrupt from None
+            raise SystemExit(128 + int(error.sigval)) from None
+    return [results[rank] for rank in range(nproc)]
+
+
+def _config(nproc: int, method: str) -> LaunchConfig:
+    return LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=nproc,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        max_restarts=0,
+        monitor_interval=0.1,
+        start_method=method,
+    )
+
+
+@contextlib.contextmanager
+def _few_threads(nproc: int) -> Iterator[None]:
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = str(threads_per_rank(nproc))
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = before
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from telling of a failure as well: once, and by us, is enough."""
+    loggers = [logging.getLogger(name) for name in _TALKATIVE]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """What a rank leaves behind when it fails."""
+
+    rank: int
+    seconds: float
+    error: LabError | None
+    text: str
+
+
+def _rank_main(
+    folder: Path,
+    timeout: float | None,
+    all_started: Barrier,
+    function: Callable[..., T],
+    args: tuple[Any, ...],
+) -> T:
+    # The launching process serves the store from a thread that takes glibc's resolver lock for each
+    # rank that connects. A rank forked in that moment would find the lock taken for good.
+    all_started.wait(_START_SECONDS)
+    rank = int(os.environ["RANK"])
+    with (folder / f"stacks-{rank}").open("w") as stacks:
+        if timeout is not None:
+            faulthandler.dump_traceback_later(timeout, exit=True, file=stacks)
+        try:
+            return function(*args)
+        except BaseException as error:
+            _leave_failure(folder, rank, error)
+            if _lost_a_peer(error):
+                # The rank that was lost is the one to name: let it be seen to end before this one.
+                time.sleep(_LOST_PEER_SECONDS)
+            _exit_without_a_word(error)
+            raise
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
+
+def _leave_failure(folder: Path, rank: int, error: BaseException) -> None:
+    known = error if isinstance(error, LabError) else None
+    failure = _Failure(rank, time.time(), known, traceback.format_exc())
+    (folder / f"failure-{rank}").write_bytes(pickle.dumps(failure))
+
+
+def _lost_a_peer(error: BaseException) -> bool:
+    return isinstance(error, DistError) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error).lower()
+    )
+
+
+def _exit_without_a_word(error: BaseException) -> None:
+    """The launching process tells the story; a rank that told it too would tell it twice."""
+    code = error.exit_code if isinstance(error, LabError) else 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _stacks(folder: Path) -> str:
+    """Return what the ranks that reached the time limit were doing."""
+    texts = ((path.name, path.read_text()) for path in sorted(folder.glob("stacks-*")))
+    return "\n".join(f"{name}:\n{text}" for name, text in texts if text)
+
+
+def _first_failure(failures: dict[int, ProcessFailure], folder: Path) -> LabError:
+    """Find the failure that brought the others down.
+
+    The time limit comes first, then a rank killed from outside: the others fail in their next
+    collective. Else it is the rank that failed earliest by its own clock.
+    """
+    stacks = _stacks(folder)
+    if stacks:
+        return RankFailedError(f"the time limit ended the ranks; where they were:\n{stacks}")
+    for rank, failure in failures.items():
+        if failure.exitcode < 0 and -failure.exitcode not in (signal.SIGTERM, signal.SIGINT):
+            name = signal.Signals(-failure.exitcode).name
+            return RankFailedError(f"rank {rank} was killed by {name} (process {failure.pid})")
+    left = [pickle.loads(path.read_bytes()) for path in folder.glob("failure-*")]
+    if left:
+        first = min(left, key=lambda failure: failure.seconds)
+        return first.error or RankFailedError(f"rank {first.rank} failed:\n{first.text}")
+    rank, failure = next(iter(failures.items()))
+    return RankFailedError(f"rank {rank} exited with status {failure.exitcode}")

@@ -1,0 +1,112 @@
+"""Process groups and Megatron-Core's model-parallel state, set up and torn down."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from mcore_lab import cpu
+from mcore_lab.layout import ParallelLayout
+from mcore_lab.runtime.device import Device, choose_device, threads_per_rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """This rank, among all of them."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: Device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, the one that talks to a person."""
+        return self.rank == 0
+
+
+@contextmanager
+def process_group(*, device: str = "auto", timeout_minutes: float = 10) -> Iterator[World]:
+    """Join the process group that torchrun or `launch` describes; leave it at the end.
+
+    Without either there is one rank. On CPU `mcore_lab.cpu` is enabled first. The body calls
+    `parallel_state.initialize_model_parallel`, or uses `model_parallel` in the place of this.
+    """
+    _describe_one_rank_if_alone()
+    local_size = int(os.environ["LOCAL_WORLD_SIZE"])
+    world = World(
+        rank=int(os.environ["RANK"]),
+        size=int(os.environ["WORLD_SIZE"]),
+        local_rank=int(os.environ["LOCAL_RANK"]),
+        local_size=local_size,
+        device=choose_device(local_size, device),
+    )
+    if world.device.type == "cpu":
+        torch.set_num_threads(threads_per_rank(local_size))
+        cpu.enable()
+    else:
+        torch.cuda.set_device(world.local_rank)
+    dist.init_process_group(
+        world.device.communication, timeout=timedelta(minutes=timeout_minutes)
+    )
+    try:
+        yield world
+    except BaseException:
+        # Among others, a rank that fails leaves its group by ending: leaving it here would wait for
+        # them under NCCL, and let them fail before this one has said why under Gloo.
+        if world.size == 1:
+            _leave()
+        raise
+    _leave()
+
+
+@contextmanager
+def model_parallel(
+    layout: ParallelLayout, *, seed: int = 1234, device: str = "auto"
+) -> Iterator[World]:
+    """Join the process group and build the layout's groups in it, seeded as Megatron-Core does.
+
+    Raises LayoutError where the world size does not fit the layout.
+    """
+    with process_group(device=device) as world:
+        from megatron.core import parallel_state, tensor_parallel
+
+        layout.data_parallel_size(world.size)
+        layout.expert_data_parallel_size(world.size)
+        parallel_state.initialize_model_parallel(**layout.model_parallel_sizes())
+        torch.manual_seed(seed)
+        tensor_parallel.model_parallel_cuda_manual_seed(seed)
+        yield world
+
+
+def _leave() -> None:
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _describe_one_rank_if_alone() -> None:
+    """Set the environment that torchrun would, for a program that was started without it."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ |= {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }

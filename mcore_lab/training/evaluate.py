@@ -1,0 +1,37 @@
+"""The loss on data that is not trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from megatron.core.datasets.gpt_dataset import GPTDataset
+
+from mcore_lab.config import Recipe
+from mcore_lab.data.batches import global_batches
+from mcore_lab.training.forward import forward_step, mean_loss
+
+
+def evaluate(
+    recipe: Recipe,
+    dataset: GPTDataset,
+    model: list[torch.nn.Module],
+    forward_backward: Callable[..., list[dict[str, torch.Tensor]]],
+) -> float:
+    """Return the mean loss a token, in nats, of the same `eval_samples` samples each time."""
+    batches = global_batches(recipe, dataset, at_least=recipe.training.eval_samples)
+    for chunk in model:
+        chunk.eval()
+    with torch.no_grad():
+        reports = forward_backward(
+            forward_step_func=forward_step,
+            data_iterator=[batches.step(0) for _ in model],
+            model=model,
+            num_microbatches=batches.num_microbatches,
+            seq_length=recipe.data.sequence_length,
+            micro_batch_size=recipe.data.micro_batch_size,
+            forward_only=True,
+        )
+    for chunk in model:
+        chunk.train()
+    return mean_loss(reports)

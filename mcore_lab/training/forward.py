@@ -1,0 +1,53 @@
+"""The forward step and the loss that Megatron-Core's schedules call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from mcore_lab.data.batches import Batch
+
+LossOutput = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
+
+
+def forward_step(
+    data_iterator: Iterator[Batch], model: torch.nn.Module
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], LossOutput]]:
+    """Take one micro-batch through this rank's chunk of the model.
+
+    Returns the chunk's output, `[b, s]` losses on the last pipeline stage and `[s, b, h]`
+    activations before it, and the loss function that the last stage calls with it.
+    """
+    batch = next(data_iterator)
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    return output, partial(token_loss, batch["loss_mask"])
+
+
+def token_loss(loss_mask: torch.Tensor, losses: torch.Tensor) -> LossOutput:
+    """Return the sum of the losses `[b, s]` that the mask keeps, their number, and both to report.
+
+    Three values, not two: Megatron-Core then divides by the tokens of the whole global batch; a
+    loss returned with a report alone is scaled by the context-parallel size. The report has storage
+    of its own: the schedules divide the loss in place.
+    """
+    mask = loss_mask.float()
+    loss_sum = (losses.float() * mask).sum()
+    num_tokens = mask.sum()
+    report = torch.stack([loss_sum.detach(), num_tokens])
+    return loss_sum, num_tokens.to(torch.int), {"lm loss": report}
+
+
+def mean_loss(reports: list[dict[str, torch.Tensor]]) -> float:
+    """Return the mean loss a token, in nats, of one step's reports; the same on every rank.
+
+    Only the last pipeline stage has any, and its tensor-parallel ranks have the same.
+    """
+    total = torch.zeros(2, device=torch.cuda.current_device())
+    if reports and parallel_state.get_tensor_model_parallel_rank() == 0:
+        total += torch.stack([report["lm loss"] for report in reports]).sum(dim=0)
+    dist.all_reduce(total)
+    return (total[0] / total[1].clamp(min=1)).item()

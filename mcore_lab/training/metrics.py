@@ -1,0 +1,35 @@
+"""What a step is measured by: a line in `metrics.jsonl` each."""
+
+from __future__ import annotations
+
+import resource
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMetrics:
+    """One optimizer step, as measured on rank 0."""
+
+    step: int
+    """Counted from 1."""
+    loss: float
+    """Mean over the global batch's tokens, in nats."""
+    grad_norm: float
+    """Norm of the whole gradient before clipping."""
+    lr: float
+    """Learning rate that the step was taken with."""
+    step_seconds: float
+    """Wall time of the step."""
+    tokens_per_second: float
+    """Tokens of the global batch by wall time."""
+    peak_memory_bytes: int
+    """Most memory so far: of tensors on a GPU, of rank 0's process on CPU."""
+
+
+def peak_memory_bytes(device_type: str) -> int:
+    """Return the most memory this rank has used so far."""
+    if device_type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

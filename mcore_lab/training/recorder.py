@@ -1,0 +1,102 @@
+"""What is written down and shown of a run; rank 0 does it, the other ranks keep their logs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+from mcore_lab.backends import Backend
+from mcore_lab.config import Recipe
+from mcore_lab.errors import RankFailedError
+from mcore_lab.runtime import RankLog, World
+from mcore_lab.training.console import Console
+from mcore_lab.training.metrics import StepMetrics, peak_memory_bytes
+from mcore_lab.training.run_folder import RunFolder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """How a run ended."""
+
+    run_dir: str
+    steps: int
+    """Steps that have been taken in all."""
+    loss: float | None
+    """Loss of the last step; None if none was taken."""
+    valid_loss: float | None
+    checkpoint: str | None
+    """The last checkpoint that was written."""
+
+
+class Recorder:
+    """Keeps the run folder and talks to a person."""
+
+    def __init__(
+        self, folder: RunFolder, log: RankLog, console: Console, *, recipe_toml: str, fresh: bool
+    ) -> None:
+        self.folder = folder
+        self._log, self._console = log, console
+        self._recipe_toml, self._fresh = recipe_toml, fresh
+        self._last: StepMetrics | None = None
+        self._valid_loss: float | None = None
+        self._checkpoint: Path | None = None
+
+    def begin(self, recipe: Recipe, world: World, backend: Backend, first_step: int) -> None:
+        """Make the run folder, now that everything is ready to run, and say what runs."""
+        self._tokens = recipe.data.global_batch_size * recipe.data.sequence_length
+        self._world = world
+        self._steps = first_step
+        if world.is_first:
+            self.folder.begin(self._recipe_toml, fresh=self._fresh)
+            self.folder.drop_metrics_after(first_step)
+        dist.barrier()
+        self._log.write_to(self.folder.logs)
+        device = world.device
+        self._console.begin(first_step, recipe.training.steps)
+        self._console.say(f"{recipe.name}: {world.size} ranks, run folder {self.folder.path}")
+        self._console.say(f"device {device.type} with {device.communication}: {device.reason}")
+        self._console.say(f"backend {backend.name}: {backend.reason}")
+
+    def step(self, step: int, loss: float, grad_norm: float, lr: float, seconds: float) -> None:
+        """Record a step. Raises RankFailedError, on every rank, if its loss is not finite."""
+        self._steps = step
+        self._last = StepMetrics(
+            step=step,
+            loss=loss,
+            grad_norm=float(grad_norm),
+            lr=lr,
+            step_seconds=seconds,
+            tokens_per_second=self._tokens / seconds,
+            peak_memory_bytes=peak_memory_bytes(self._world.device.type),
+        )
+        if self._world.is_first:
+            self.folder.record(self._last)
+            self._console.step(self._last)
+        if not math.isfinite(loss):
+            raise RankFailedError(f"the loss of step {step} is {loss}; the run stops here")
+
+    def validation(self, loss: float) -> None:
+        """Record the loss on the validation samples after the step that was recorded last."""
+        self._valid_loss = loss
+        if self._world.is_first:
+            self.folder.record_validation(self._steps, loss)
+            self._console.say(f"step {self._steps}  validation loss {loss:.4f} nats a token")
+
+    def saved(self, checkpoint: Path) -> None:
+        """Note a checkpoint that was written."""
+        self._checkpoint = checkpoint
+
+    def summary(self) -> Summary:
+        """Return how the run ended, and say where its checkpoint is."""
+        if self._checkpoint:
+            self._console.say(f"checkpoint {self._checkpoint}")
+        return Summary(
+            run_dir=str(self.folder.path),
+            steps=self._steps,
+            loss=self._last.loss if self._last else None,
+            valid_loss=self._valid_loss,
+            checkpoint=str(self._checkpoint) if self._checkpoint else None,
+        )
