@@ -125,7 +125,7 @@ def _doc(node: ast.stmt | None) -> str:
 
 
 def null_tokenizer(vocab_size: int) -> Any:
-    """Return Megatron-Core's null tokenizer: tokens 0 to `vocab_size`, of which the last ends documents.
+    """Return Megatron-Core's null tokenizer: tokens 0 to `vocab_size`, the last ends a document.
 
     Its library is called `null` before 0.17, which adds the end-of-document token to `vocab_size`;
     from 0.17 on it is called `null-text` and counts it.
@@ -136,9 +136,7 @@ def null_tokenizer(vocab_size: int) -> Any:
         library, size = "null", vocab_size
     else:
         library, size = "null-text", vocab_size + 1
-    return MegatronTokenizer.from_pretrained(
-        metadata_path={"library": library}, vocab_size=size
-    )
+    return MegatronTokenizer.from_pretrained(metadata_path={"library": library}, vocab_size=size)
 
 
 def byte_level_tokenizer() -> Any:

@@ -76,7 +76,9 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
     try:
         return kind(**fields)
     except (AssertionError, ValueError, TypeError) as error:
-        raise ConfigError(f"Megatron-Core refuses the model: {error or type(error).__name__}") from error
+        raise ConfigError(
+            f"Megatron-Core refuses the model: {error or type(error).__name__}"
+        ) from error
 
 
 def _value(name: str, value: Any) -> Any:

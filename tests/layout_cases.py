@@ -404,18 +404,27 @@ WRONG = {
         layout={"pp": 2, "vpp": 2},
         world=2,
         data={"global_batch_size": 12},
-        says="interleaving needs as many micro-batches as a multiple of pp: "
-        "micro-batches 12 / (4 * 1) = 3, pp 2, microbatch_group_size_per_vp_stage 2; "
+        says="interleaving needs micro-batches in whole groups: "
+        "micro-batches 12 / (4 * 1) = 3, group 2, pp 2; "
         "use --data.global-batch-size 8 or 16, or --data.micro-batch-size 3 or 6",
         mended={"data": {"global_batch_size": 16}},
+    ),
+    "a_last_group_of_micro_batches_below_the_stages": Wrong(
+        layout={"pp": 2, "vpp": 2},
+        world=2,
+        model=transformer(microbatch_group_size_per_vp_stage=3),
+        data={"global_batch_size": 16},
+        says="interleaving needs micro-batches in whole groups, or a rest of pp or more: "
+        "micro-batches 16 / (4 * 1) = 4, group 3, pp 2; "
+        "use --data.global-batch-size 12 or 20, or --data.micro-batch-size 2",
+        mended={"data": {"global_batch_size": 20}},
     ),
     "a_group_of_micro_batches_below_the_stages": Wrong(
         layout={"pp": 2, "vpp": 2},
         world=2,
         model=transformer(microbatch_group_size_per_vp_stage=1),
-        says="interleaving needs pp <= microbatch_group_size_per_vp_stage <= micro-batches, "
-        "and no rest below pp: "
-        "micro-batches 32 / (4 * 1) = 8, pp 2, microbatch_group_size_per_vp_stage 1; "
+        says="microbatch_group_size_per_vp_stage must not be below pp: "
+        "microbatch_group_size_per_vp_stage 1, pp 2; "
         "use --model.transformer.microbatch_group_size_per_vp_stage 2",
         mended={"model": transformer(microbatch_group_size_per_vp_stage=2)},
     ),

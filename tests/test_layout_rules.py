@@ -25,6 +25,7 @@ FOLDED = " (ep and etp fold into the world, they do not multiply it)"
 OFFER = re.compile(
     r"--(layout|model\.transformer|model|data)\.([\w-]+) (\d+|True|False)(?: or (\d+))?"
 )
+OFFERED_ORDER = re.compile(r"--layout\.order ([\w-]+)")
 OFFERED_WORLD = re.compile(r"(\d+)(?= or \d+ ranks?| ranks?)")
 
 every_wrong = pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG.keys())
@@ -118,7 +119,8 @@ def test_a_model_of_experts_only_has_no_dense_width_to_split(frequency: Any):
 
 def test_checking_imports_neither_torch_nor_numpy():
     program = (
-        "import sys; from types import SimpleNamespace; from mcore_lab.layout import ParallelLayout;"
+        "import sys; from types import SimpleNamespace;"
+        "from mcore_lab.layout import ParallelLayout;"
         "model = SimpleNamespace(num_layers=5, hidden_size=64, num_attention_heads=4,"
         " num_query_groups=None, ffn_hidden_size=None, num_moe_experts=None, vocab_size=100,"
         " max_sequence_length=None, transformer={});"
@@ -138,6 +140,8 @@ def offered(broken: BrokenRule, case: Case) -> Iterator[Case]:
     for where, name, *values in OFFER.findall(broken.fix):
         for value in filter(None, values):
             yield changed(case, where, name.replace("-", "_"), literal_eval(value))
+    for order in OFFERED_ORDER.findall(broken.fix):
+        yield changed(case, "layout", "order", order)
     for world_size in OFFERED_WORLD.findall(broken.fix):
         yield replace(case, world_size=int(world_size))
 
@@ -157,6 +161,7 @@ def assert_offers_work(case: Case) -> None:
     for rule in RULES:
         broken = list(rule(case))
         for one in broken:
+            assert one.fix
             for repaired in offered(one, case):
                 assert len(list(rule(repaired))) < len(broken), (str(one), repaired)
 

@@ -25,7 +25,9 @@ class TorchNorm:
         kinds = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}
         kind = kinds.get(config.normalization)
         if kind is None:
-            raise ValueError(f"the torch backend has {' and '.join(kinds)}, no {config.normalization}")
+            raise ValueError(
+                f"the torch backend has {' and '.join(kinds)}, no {config.normalization}"
+            )
         if config.layernorm_zero_centered_gamma:
             raise ValueError("the torch backend has no layernorm_zero_centered_gamma")
         norm = kind(hidden_size, eps=eps)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import atexit
 import functools
+import inspect
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,36 +22,48 @@ def _replace(name: str, wrapper: Callable[..., Any]) -> None:
             replace(module, name, wrapper)
 
 
-def _gloo_for(backend: object) -> object:
-    return "gloo" if isinstance(backend, str) and "nccl" in backend.lower() else backend
-
-
 def gloo_for_nccl() -> None:
     """`init_process_group("nccl")` and `new_group(backend="nccl")` make Gloo groups."""
-    init, new_group = dist.init_process_group, dist.new_group
-
-    @functools.wraps(init)
-    def init_process_group(backend: str | None = None, *args: Any, **kwargs: Any) -> None:
-        for cuda_only in ("device_id", "pg_options"):
-            kwargs.pop(cuda_only, None)
-        init(_gloo_for(backend or "gloo"), *args, **kwargs)
-
-    @functools.wraps(new_group)
-    def new_gloo_group(*args: Any, **kwargs: Any) -> Any:
-        kwargs["backend"] = _gloo_for(kwargs.get("backend"))
-        for cuda_only in ("device_id", "pg_options"):
-            kwargs.pop(cuda_only, None)
-        return new_group(*args, **kwargs)
-
-    _replace("init_process_group", init_process_group)
+    for name in ("init_process_group", "new_group"):
+        _replace(name, _with_gloo(getattr(dist, name)))
     atexit.register(_destroy_left_groups)
-    _replace("new_group", new_gloo_group)
+
+
+def _with_gloo(make: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(make)
+
+    @functools.wraps(make)
+    def make_with_gloo(*args: Any, **kwargs: Any) -> Any:
+        wanted = signature.bind(*args, **kwargs).arguments
+        backend = wanted.get("backend")
+        if isinstance(backend, str) and "nccl" in backend.lower():
+            wanted["backend"] = "gloo"
+        # They name a CUDA device and NCCL's settings.
+        wanted.pop("device_id", None)
+        wanted.pop("pg_options", None)
+        return make(**wanted)
+
+    return make_with_gloo
 
 
 def _destroy_left_groups() -> None:
     """Gloo's threads have to end before the interpreter does; scripts for NCCL seldom see to it."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+class _NcclOptions:
+    """Settings of a communicator: taken, and of no effect."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.config = SimpleNamespace()
+
+
+def name_nccl_options() -> None:
+    """`ProcessGroupNCCL.Options` is not there in a CPU build of torch."""
+    if not hasattr(dist, "ProcessGroupNCCL"):
+        stand_in = SimpleNamespace(Options=_NcclOptions)
+        dist.ProcessGroupNCCL = dist.distributed_c10d.ProcessGroupNCCL = stand_in
 
 
 def barrier_without_devices() -> None:
@@ -95,16 +109,17 @@ def uneven_all_gather() -> None:
         group: Any = None,
         async_op: bool = False,
     ) -> Any:
-        if len({t.shape for t in tensor_list}) <= 1:
+        me = dist.get_rank(group)
+        if me < 0 or len({t.shape for t in tensor_list}) <= 1:
             return gather(tensor_list, tensor, group=group, async_op=async_op)
-        ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
-        me = dist.get_rank()
-        works = []
-        for rank, output in zip(ranks, tensor_list, strict=True):
-            if rank == me:
-                output.copy_(tensor)
-            works.append(dist.broadcast(output, src=rank, group=group, async_op=True))
-        return _wait_for_all(works, async_op)
+        tensor_list[me].copy_(tensor.detach())
+        works = _Works(
+            [
+                dist.broadcast(output, group=group, group_src=rank, async_op=True)
+                for rank, output in enumerate(tensor_list)
+            ]
+        )
+        return works if async_op else works.wait() and None
 
     _replace("all_gather", all_gather)
 
@@ -121,10 +136,3 @@ class _Works:
     def is_completed(self) -> bool:
         return all(work.is_completed() for work in self._works)
 
-
-def _wait_for_all(works: list[Any], async_op: bool) -> _Works | None:
-    joined = _Works(works)
-    if async_op:
-        return joined
-    joined.wait()
-    return None

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.utils.checkpoint
 
 from mcore_lab.cpu.replace import replace
 
@@ -95,3 +96,14 @@ def keep_cpu_state_apart() -> None:
     for module in (torch, torch.random):
         replace(module, "get_rng_state", STREAM.get_cpu_state)
         replace(module, "set_rng_state", STREAM.set_cpu_state)
+
+
+def restore_device_state_in_recomputation() -> None:
+    """`torch.utils.checkpoint` keeps the random state of the devices that its arguments are on."""
+    checkpoint = torch.utils.checkpoint
+
+    def get_device_states(*args: object) -> tuple[list[int], list[torch.Tensor]]:
+        return [0], [STREAM.get_state()]
+
+    checkpoint.DefaultDeviceType.set_device_type("cuda")
+    replace(checkpoint, "get_device_states", get_device_states)

@@ -12,7 +12,7 @@ _replaced: dict[int, tuple[Any, Any]] = {}
 def replace(owner: Any, name: str, new: Any) -> None:
     """Set `owner.name`, and remember what stood there for `update_importers`."""
     old = getattr(owner, name, None)
-    if old is not None:
+    if callable(old):
         # Keeping the old object alive keeps its id its own.
         _replaced[id(old)] = (old, new)
     setattr(owner, name, new)

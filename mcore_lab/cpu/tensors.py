@@ -1,4 +1,15 @@
-"""Tensors that ask for a CUDA device get the CPU, with the device's random stream."""
+"""Tensors that ask for a CUDA device get the CPU, with the device's random stream.
+
+A tensor does not know whether it was meant for the GPU. What follows from that:
+
+- `x.cuda()`, `x.to("cuda")` and `x.pin_memory()` return `x`, as they do for a tensor that is there
+  already. A program that goes on to change the tensor it came from, in place, changes both.
+- `x.cpu()` and `x.to("cpu")` return a copy, as they do for a tensor on a GPU: checkpoints that are
+  written in the background and buffers that are offloaded are snapshots.
+- `x.device` is the CPU and `x.is_cuda` False: what Megatron-Core offloads from the GPU stays.
+- In-place draws such as `x.normal_()` come from the CPU's random stream, but for those inside
+  `get_cuda_rng_tracker().fork()`. Dropout always draws from the device's.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +23,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from mcore_lab.cpu.random_stream import STREAM
+from mcore_lab.cpu.replace import replace
 
 _CPU = torch.device("cpu")
-_TAKES_DEVICE_FIRST = {torch.Tensor.to, torch.Tensor.type}
 _DRAWS_ON_DEVICE = {
     torch.dropout,
     torch.nn.functional.dropout,
@@ -23,6 +34,7 @@ _DRAWS_ON_DEVICE = {
     torch.nn.functional.dropout3d,
     torch.nn.functional.alpha_dropout,
     torch.nn.functional.feature_alpha_dropout,
+    torch.nn.functional.multi_head_attention_forward,
     torch.nn.functional.scaled_dot_product_attention,
 }
 _RANDOM_FACTORIES = {
@@ -35,6 +47,7 @@ _RANDOM_FACTORIES = {
     torch.randperm,
     torch.normal,
 }
+_TYPES = ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
 
 
 def is_cuda(device: object) -> bool:
@@ -46,10 +59,47 @@ def is_cuda(device: object) -> bool:
     return isinstance(device, int) and not isinstance(device, bool)
 
 
+def _to(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """`x.to("cuda", …)` and `x.to(0, …)` name the device by position."""
+    if args and is_cuda(args[0]):
+        args = (_CPU, *args[1:])
+    moved = tensor.to(*args, **kwargs)
+    wanted = args[0] if args else kwargs.get("device")
+    leaves_gpu = isinstance(wanted, str) and wanted == "cpu"
+    return moved.clone() if leaves_gpu and moved is tensor else moved
+
+
+def _type(tensor: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+    """`x.type()` says `torch.cuda.…Tensor`: Megatron-Core compares it with these names."""
+    if isinstance(dtype, str):
+        dtype = dtype.replace("torch.cuda.", "torch.")
+    result = tensor.type(dtype, *args, **kwargs)
+    return result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) else result
+
+
+def _stay(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return tensor
+
+
+def _nothing(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+    """A CPU's memory is free once nothing refers to it."""
+
+
+_METHODS: dict[Any, Callable[..., Any]] = {
+    torch.Tensor.to: _to,
+    torch.Tensor.type: _type,
+    torch.Tensor.cpu: torch.Tensor.clone,
+    torch.Tensor.cuda: _stay,
+    torch.Tensor.pin_memory: _stay,
+    torch.Tensor.record_stream: _nothing,
+}
+
+
 class CudaOnCpu(TorchFunctionMode):
     """Send every `device="cuda"` to the CPU; costs about 1.5 µs an operation.
 
-    Modes are thread-local: `enable()` sees to it that new threads enter it too.
+    Modes are thread-local, and torch leaves them for the time of a backward pass: `enable()` sees
+    to it that new threads and backward passes enter it too.
     """
 
     def __torch_function__(
@@ -59,34 +109,16 @@ class CudaOnCpu(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        on_device = False
-        if kwargs:
-            if is_cuda(kwargs.get("device")):
-                on_device = True
-                kwargs["device"] = _CPU
-            if kwargs.get("pin_memory"):
-                kwargs["pin_memory"] = False
-        if func in _TAKES_DEVICE_FIRST:
-            args, kwargs = _without_cuda_argument(func, args, kwargs or {})
-        elif func is torch.Tensor.cuda or func is torch.Tensor.pin_memory:
-            return args[0]
-        elif func in _DRAWS_ON_DEVICE or (on_device and func in _RANDOM_FACTORIES):
+        kwargs = kwargs or {}
+        on_device = "device" in kwargs and is_cuda(kwargs["device"])
+        if on_device:
+            kwargs = {**kwargs, "device": _CPU}
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
+        if func in _DRAWS_ON_DEVICE or (on_device and func in _RANDOM_FACTORIES):
             with STREAM.drawing():
-                return func(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
-def _without_cuda_argument(
-    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """`x.to("cuda", …)`, `x.to(0, …)` and `x.type("torch.cuda.FloatTensor")` name the device by position."""
-    if len(args) > 1:
-        wanted = args[1]
-        if func is torch.Tensor.to and is_cuda(wanted):
-            args = (args[0], _CPU, *args[2:])
-        elif func is torch.Tensor.type and isinstance(wanted, str):
-            args = (args[0], wanted.replace("torch.cuda.", "torch."), *args[2:])
-    return args, kwargs
+                return func(*args, **kwargs)
+        return _METHODS.get(func, func)(*args, **kwargs)
 
 
 def enter_mode_in_every_thread() -> None:
@@ -111,21 +143,20 @@ def enter_mode_in_every_thread() -> None:
     threading.Thread.start = start_with_mode  # type: ignore[method-assign]
 
 
-def report_cuda_types() -> None:
-    """Let `x.type()` say `torch.cuda.…Tensor`: Megatron-Core compares it with these names.
+def enter_mode_in_backward() -> None:
+    """Enter the mode for backward passes: `loss.backward()` is itself an operation that it sees."""
+    run = torch.autograd.graph._engine_run_backward
 
-    The names of the types are aliases too: `isinstance(x, torch.cuda.FloatTensor)`.
-    """
-    plain_type = torch.Tensor.type
+    @functools.wraps(run)
+    def run_with_mode(*args: Any, **kwargs: Any) -> Any:
+        with CudaOnCpu():
+            return run(*args, **kwargs)
 
-    @functools.wraps(plain_type)
-    def cuda_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        result = plain_type(self, *args, **kwargs)
-        # The mode calls this function once more from inside `plain_type`.
-        if isinstance(result, str) and not result.startswith("torch.cuda."):
-            return result.replace("torch.", "torch.cuda.", 1)
-        return result
+    for module in (torch.autograd, torch.autograd.graph):
+        replace(module, "_engine_run_backward", run_with_mode)
 
-    torch.Tensor.type = cuda_type  # type: ignore[method-assign]
-    for name in ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Byte", "Bool"):
+
+def alias_cuda_types() -> None:
+    """`isinstance(x, torch.cuda.FloatTensor)` holds, and `torch.cuda.LongTensor([…])` makes one."""
+    for name in _TYPES:
         setattr(torch.cuda, f"{name}Tensor", getattr(torch, f"{name}Tensor"))

@@ -33,7 +33,7 @@ def train(recipe: Recipe, world: World, recorder: Recorder) -> Summary:
     """Train `recipe` on this rank of `world`, with all the others, and return how it ended."""
     data, training = recipe.data, recipe.training
 
-    # Who is who: this rank joins the groups of its tensor, pipeline, context, expert and data peers.
+    # Who is who: this rank joins the groups of its tensor, pipeline, context, expert, data peers.
     parallel_state.initialize_model_parallel(**recipe.layout.model_parallel_sizes())
     torch.manual_seed(training.seed)
     tensor_parallel.model_parallel_cuda_manual_seed(training.seed)

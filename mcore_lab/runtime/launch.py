@@ -1,4 +1,4 @@
-"""Start ranks on this machine: on CPU forked from a process that has imported Megatron-Core already."""
+"""Start ranks on this machine: on CPU, forked from a process that has imported Megatron-Core."""
 
 from __future__ import annotations
 

@@ -54,9 +54,7 @@ def process_group(*, device: str = "auto", timeout_minutes: float = 10) -> Itera
         cpu.enable()
     else:
         torch.cuda.set_device(world.local_rank)
-    dist.init_process_group(
-        world.device.communication, timeout=timedelta(minutes=timeout_minutes)
-    )
+    dist.init_process_group(world.device.communication, timeout=timedelta(minutes=timeout_minutes))
     try:
         yield world
     except BaseException:

@@ -11,7 +11,7 @@ from mcore_lab.config import Recipe, Training
 
 
 def ddp_config(recipe: Recipe) -> DistributedDataParallelConfig:
-    """Return how gradients are reduced over data-parallel ranks: in fp32, split where the optimizer is."""
+    """Return how data-parallel gradients are reduced: in fp32, split where the optimizer is."""
     return DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=recipe.layout.use_distributed_optimizer,

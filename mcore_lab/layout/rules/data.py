@@ -68,27 +68,35 @@ def batch_divides(case: Case) -> Iterator[BrokenRule]:
     )
 
 
+def micro_batch_groups_reach_all_stages(case: Case) -> Iterator[BrokenRule]:
+    """Interleaving takes at least as many micro-batches at a time as there are stages."""
+    group, pp = case.model_amount(_GROUP, default=case.layout.pp), case.layout.pp
+    if case.layout.vpp > 1 and group.value < pp:
+        yield BrokenRule(
+            rule=f"{_GROUP} must not be below pp",
+            numbers=f"{_GROUP} {group.value}, pp {pp}",
+            fix=group.setting.format(pp),
+        )
+
+
 def interleaving_has_micro_batches(case: Case) -> Iterator[BrokenRule]:
-    """The interleaved schedule takes micro-batches in whole groups of pp, or of a group size."""
+    """The interleaved schedule takes micro-batches in whole groups, of pp if no size is set."""
     batch, micro = case.data_amount("global_batch_size"), case.data_amount("micro_batch_size")
-    dp = _replicas(case)
+    dp, group = _replicas(case), _micro_batch_group(case)
     if not dp or batch.value % (micro.value * dp):
         return
     count = batch.value // (micro.value * dp)
     if _micro_batches_fit(case, count):
         return
-    group = case.model_amount(_GROUP, default=case.layout.pp)
+    rest = "" if group == case.layout.pp else ", or a rest of pp or more"
     yield BrokenRule(
-        rule="interleaving needs as many micro-batches as a multiple of pp"
-        if group.value == case.layout.pp
-        else f"interleaving needs pp <= {_GROUP} <= micro-batches, and no rest below pp",
-        numbers=f"micro-batches {batch.value} / ({micro.value} * {dp}) = {count}, "
-        f"pp {case.layout.pp}, {_GROUP} {group.value}",
+        rule=f"interleaving needs micro-batches in whole groups{rest}",
+        numbers=f"micro-batches {batch.value} / ({micro.value} * {dp}) = {count}, group {group}, "
+        f"pp {case.layout.pp}",
         fix=either(
             other_amounts(batch, lambda n: _batch_fits(case, n, micro.value, dp)),
             other_amounts(micro, lambda n: _batch_fits(case, batch.value, n, dp), batch.value),
-        )
-        or group.setting.format(case.layout.pp),
+        ),
     )
 
 
@@ -108,16 +116,21 @@ def _batch_fits(case: Case, batch: int, micro: int, dp: int) -> bool:
 
 
 def _micro_batches_fit(case: Case, count: int) -> bool:
-    pp = case.layout.pp
-    if case.layout.vpp == 1 or pp == 1:
+    if case.layout.vpp == 1 or case.layout.pp == 1:
         return True
-    group: int = case.of_model(_GROUP, pp)
-    return pp <= group <= count and (count % group == 0 or count % group >= pp)
+    group = _micro_batch_group(case)
+    return count >= group and (count % group == 0 or count % group >= case.layout.pp)
+
+
+def _micro_batch_group(case: Case) -> int:
+    pp = case.layout.pp
+    return max(pp, case.of_model(_GROUP, pp))
 
 
 RULES: tuple[Callable[[Case], Iterator[BrokenRule]], ...] = (
     sequence_fits_the_model,
     sequence_splits,
     batch_divides,
+    micro_batch_groups_reach_all_stages,
     interleaving_has_micro_batches,
 )

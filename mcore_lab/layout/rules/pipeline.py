@@ -92,7 +92,8 @@ def layers_divide(case: Case) -> Iterator[BrokenRule]:
                 layout, ("pp", "vpp"), lambda other: _layers_fit(case, layers.value, other)
             ),
             other_amounts(layers, lambda n: _layers_fit(case, n, layout), most),
-        ),
+        )
+        or "no uneven ends",
     )
 
 
