@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -49,7 +52,7 @@ _VOCABULARY_MULTIPLE = 128
 
 
 def transformer_config(recipe: Recipe) -> TransformerConfig:
-    """Return the recipe's `TransformerConfig`: its model's shape, its layout's sizes, its precision.
+    """Return the recipe's `TransformerConfig`: its shape, the sizes of its layout, its precision.
 
     Raises ConfigError with Megatron-Core's own words for what it refuses.
     """
@@ -73,12 +76,20 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
     known = {field.name for field in dataclasses.fields(kind)}
     # A field that only the other Megatron-Core version has, and that is not set, is left out.
     fields = {name: value for name, value in fields.items() if name in known}
-    try:
+    with refusals_explained():
         return kind(**fields)
-    except (AssertionError, ValueError, TypeError) as error:
-        raise ConfigError(
-            f"Megatron-Core refuses the model: {error or type(error).__name__}"
-        ) from error
+
+
+@contextmanager
+def refusals_explained() -> Iterator[None]:
+    """Raise what Megatron-Core refuses in a model as ConfigError, in its own words."""
+    try:
+        yield
+    except (AssertionError, ImportError, NotImplementedError, TypeError, ValueError) as error:
+        # Where it says nothing, the condition that it asserts.
+        condition = traceback.extract_tb(error.__traceback__)[-1].line
+        reason = " ".join(str(error).split()) or condition
+        raise ConfigError(f"Megatron-Core refuses the model: {reason}") from error
 
 
 def _value(name: str, value: Any) -> Any:
@@ -135,7 +146,7 @@ class Stage(NamedTuple):
 
 
 def pipeline_stages(layout: ParallelLayout) -> list[Stage]:
-    """Return the stages that this rank holds: one, or one a virtual stage of an interleaved pipeline."""
+    """Return the stages that this rank holds: one, or with interleaving one a virtual stage."""
     stages: list[int | None] = [None] if layout.vpp == 1 else list(range(layout.vpp))
     first, last = parallel_state.is_pipeline_first_stage, parallel_state.is_pipeline_last_stage
     return [

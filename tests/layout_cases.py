@@ -117,11 +117,20 @@ WRONG = {
         mended={"layout": {"etp": 1}},
     ),
     "an_order_that_tears_pipelines_apart": Wrong(
-        layout={"cp": 2, "pp": 2, "ep": 2, "order": "tp-cp-pp-ep-dp"},
+        layout={"tp": 2, "pp": 2, "ep": 2, "etp": 1, "sp": True, "order": "tp-pp-cp-ep-dp"},
         model=MOE,
         world=4,
         says="unless pp is last in the order, dense layers and experts must have the same dp and "
-        "the same pipelines: order tp-cp-pp-ep-dp, dp 1 and 1, next stage 2 and 1 ranks away; "
+        "the same pipelines: order tp-pp-cp-ep-dp, dp 1 and 1, next stage 2 and 1 ranks away; "
+        "use --layout.order tp-cp-ep-dp-pp",
+        mended={"layout": {"order": "tp-cp-ep-dp-pp"}},
+    ),
+    "an_order_that_replicates_experts_less_within_a_stage": Wrong(
+        layout={"tp": 2, "pp": 2, "ep": 2, "sp": True, "order": "tp-pp-cp-ep-dp"},
+        model=MOE,
+        world=8,
+        says="unless pp is last in the order, dense layers and experts must have the same dp and "
+        "the same pipelines: order tp-pp-cp-ep-dp, dp 2 and 1, next stage 2 and 2 ranks away; "
         "use --layout.order tp-cp-ep-dp-pp",
         mended={"layout": {"order": "tp-cp-ep-dp-pp"}},
     ),

@@ -50,7 +50,7 @@ def choose_backend(wanted: str, device_type: str) -> Backend:
 def decoder_block_spec(
     config: TransformerConfig, backend: Backend, vp_stage: int | None = None
 ) -> Any:
-    """Return Megatron-Core's spec of this pipeline stage's layers, built of the backend's modules."""
+    """Return Megatron-Core's spec of this pipeline stage's layers, in the backend's modules."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
     from mcore_lab.backends.torch_backend import in_place_of_local

@@ -32,5 +32,5 @@ class TorchNorm:
             raise ValueError("the torch backend has no layernorm_zero_centered_gamma")
         norm = kind(hidden_size, eps=eps)
         for parameter in norm.parameters():
-            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+            parameter.sequence_parallel = config.sequence_parallel
         return norm

@@ -1,4 +1,4 @@
-"""The `torch` backend: Megatron-Core's parallel layers, with pure-PyTorch modules where they need them."""
+"""The `torch` backend: Megatron-Core's parallel layers, with modules of pure PyTorch in them."""
 
 from __future__ import annotations
 

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from mcore_lab.checkpoint.state import full_state, model_keys, model_state, unwrapped
+from mcore_lab.checkpoint.failures import failures_explained
+from mcore_lab.checkpoint.state import (
+    content_metadata,
+    full_state,
+    model_keys,
+    model_state,
+    unwrapped,
+)
 from mcore_lab.errors import CheckpointError
+from mcore_lab.runtime.together import fail_together
 
+Shape = tuple[int, ...]
 _SHOWN = 3
+_OPTIMIZER = "optimizer."
+_SHARDING = "distrib_optim_sharding_type"
+_OF_THE_RECIPE = ("betas", "eps", "max_lr", "min_lr")
 
 
 def load_weights(
@@ -24,9 +37,9 @@ def load_weights(
 ) -> None:
     """Load the weights of the checkpoint at `path` and nothing else.
 
-    Raises CheckpointError if it cannot be read or is of another model.
+    Raises CheckpointError, on every rank, if it cannot be read or is of another model.
     """
-    _put_weights(chunks, _load(path, model_state(chunks)))
+    _put_weights(chunks, _read(path, model_state(chunks)))
     # Under bf16 the optimizer made its own copies of the weights before these were loaded.
     optimizer.reload_model_params()
 
@@ -39,13 +52,21 @@ def load_checkpoint(
 ) -> int:
     """Load weights, optimizer and schedule of the checkpoint at `path`; return its step.
 
-    Raises CheckpointError if it cannot be read or is of another model.
+    Raises CheckpointError, on every rank, if it cannot be read or is of another model.
     """
-    state = _load(path, full_state(chunks, optimizer, scheduler, 0, is_loading=True))
+    with fail_together(), failures_explained("read", path):
+        common = dist_checkpointing.load_common_state_dict(str(path))
+        step = int(common["iteration"])
+        if step > 0:
+            _require_same_sharding(path, common, content_metadata(chunks))
+    if step == 0:
+        load_weights(path, chunks, optimizer)
+        return 0
+    state = _read(path, full_state(chunks, optimizer, scheduler, step, is_loading=True))
     _put_weights(chunks, state)
-    optimizer.load_state_dict(state["optimizer"])
+    _put_optimizer(optimizer, state["optimizer"])
     scheduler.load_state_dict(state["opt_param_scheduler"])
-    return int(state["iteration"])
+    return step
 
 
 def _put_weights(chunks: Sequence[torch.nn.Module], state: dict[str, Any]) -> None:
@@ -53,32 +74,65 @@ def _put_weights(chunks: Sequence[torch.nn.Module], state: dict[str, Any]) -> No
         unwrapped(chunk).load_state_dict(state[key])
 
 
-def _load(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
-    try:
-        _require_same_model(path, wanted)
+def _put_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
+    """Load the moments and the step; what the recipe says of Adam stays as the recipe says it."""
+    own = [
+        {name: group[name] for name in _OF_THE_RECIPE if name in group}
+        for group in optimizer.param_groups
+    ]
+    optimizer.load_state_dict(state)
+    for group, values in zip(optimizer.param_groups, own, strict=True):
+        group.update(values)
+
+
+def _read(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    with fail_together(), failures_explained("read", path):
+        there = dist_checkpointing.load_tensors_metadata(str(path))
+    _require_same_model(path, there, wanted)
+    with failures_explained("read", path):
         return dist_checkpointing.load(wanted, str(path))
-    except CheckpointError:
-        raise
-    except Exception as error:
-        # Megatron-Core, torch, pickle and the file system each have errors of their own for this.
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise CheckpointError(f"cannot read the checkpoint {path}: {reason}") from error
 
 
-def _require_same_model(path: Path, wanted: dict[str, Any]) -> None:
-    """Compare names and global shapes before anything is read into the model."""
-    there = dist_checkpointing.load_tensors_metadata(str(path))
-    shapes = {key: tuple(tensor.global_shape) for key, tensor in there.items()}
-    tensors = [value for value in nested_values(wanted) if isinstance(value, ShardedTensor)]
-    off = []
-    for tensor in tensors:
-        shape = tuple(tensor.global_shape)
-        if tensor.key not in shapes:
-            off.append(f"{tensor.key} is not in it")
-        elif shapes[tensor.key] != shape:
-            off.append(f"{tensor.key} is {shapes[tensor.key]} in it and {shape} in this model")
+def _require_same_sharding(path: Path, common: dict[str, Any], own: dict[str, Any]) -> None:
+    there = common.get("content_metadata") or {}
+    if there.get(_SHARDING) != own.get(_SHARDING):
+        has = "with" if _SHARDING in there else "without"
+        raise CheckpointError(
+            f"the checkpoint {path} was saved {has} the distributed optimizer: "
+            f"--layout.use-distributed-optimizer {_SHARDING in there} to go on from it, or "
+            "--checkpoint.load to take its weights alone"
+        )
+
+
+def _require_same_model(
+    path: Path, there: dict[str, ShardedTensor], wanted: dict[str, Any]
+) -> None:
+    """Compare names and global shapes, of all ranks, before anything is read into the model."""
+    of_ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, dict(_shapes(nested_values(wanted))))
+    shapes = {key: shape for one in of_ranks for key, shape in one.items()}
+    off = list(_differences(shapes, dict(_shapes(there.values()))))
     if off:
         more = f" (and {len(off) - _SHOWN} more)" if len(off) > _SHOWN else ""
         raise CheckpointError(
             f"the checkpoint {path} is of another model: {'; '.join(off[:_SHOWN])}{more}"
         )
+
+
+def _shapes(values: Iterable[Any]) -> Iterator[tuple[str, Shape]]:
+    for value in values:
+        if isinstance(value, ShardedTensorFactory):
+            yield from _shapes(nested_values({"": value.build()}))
+        elif isinstance(value, ShardedTensor):
+            yield value.key, tuple(value.global_shape)
+
+
+def _differences(wanted: dict[str, Shape], there: dict[str, Shape]) -> Iterator[str]:
+    for key, shape in wanted.items():
+        if key not in there:
+            yield f"{key} is not in it"
+        elif there[key] != shape:
+            yield f"{key} is {there[key]} in it and {shape} in this model"
+    for key in sorted(there.keys() - wanted.keys()):
+        if not key.startswith(_OPTIMIZER):
+            yield f"{key} is in it and not in this model"

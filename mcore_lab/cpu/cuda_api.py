@@ -148,6 +148,7 @@ def install_cuda() -> None:
             if hasattr(module, name):
                 replace(module, name, value)
     torch.cuda._initialized = True
+    replace(torch.cuda.nccl, "version", lambda: (0, 0, 0))
     torch.cuda.default_generators = _EveryDevice((STREAM,))  # type: ignore[assignment]
     for name in ("range_push", "range_pop", "mark"):
         setattr(torch.cuda.nvtx, name, _nothing)

@@ -24,20 +24,19 @@ def _replace(name: str, wrapper: Callable[..., Any]) -> None:
 
 def gloo_for_nccl() -> None:
     """`init_process_group("nccl")` and `new_group(backend="nccl")` make Gloo groups."""
-    for name in ("init_process_group", "new_group"):
-        _replace(name, _with_gloo(getattr(dist, name)))
+    _replace("init_process_group", _with_gloo(dist.init_process_group, default="gloo"))
+    _replace("new_group", _with_gloo(dist.new_group, default=None))
     atexit.register(_destroy_left_groups)
 
 
-def _with_gloo(make: Callable[..., Any]) -> Callable[..., Any]:
+def _with_gloo(make: Callable[..., Any], default: str | None) -> Callable[..., Any]:
     signature = inspect.signature(make)
 
     @functools.wraps(make)
     def make_with_gloo(*args: Any, **kwargs: Any) -> Any:
         wanted = signature.bind(*args, **kwargs).arguments
-        backend = wanted.get("backend")
-        if isinstance(backend, str) and "nccl" in backend.lower():
-            wanted["backend"] = "gloo"
+        backend = wanted.get("backend") or default
+        wanted["backend"] = "gloo" if backend and "nccl" in backend.lower() else backend
         # They name a CUDA device and NCCL's settings.
         wanted.pop("device_id", None)
         wanted.pop("pg_options", None)
@@ -61,22 +60,9 @@ class _NcclOptions:
 
 def name_nccl_options() -> None:
     """`ProcessGroupNCCL.Options` is not there in a CPU build of torch."""
-    if not hasattr(dist, "ProcessGroupNCCL"):
-        stand_in = SimpleNamespace(Options=_NcclOptions)
-        dist.ProcessGroupNCCL = dist.distributed_c10d.ProcessGroupNCCL = stand_in
-
-
-def barrier_without_devices() -> None:
-    """`barrier(device_ids=[…])` names CUDA devices, which Gloo refuses."""
-    barrier = dist.barrier
-
-    @functools.wraps(barrier)
-    def barrier_on_cpu(
-        group: Any = None, async_op: bool = False, device_ids: object = None, **kwargs: Any
-    ) -> Any:
-        return barrier(group=group, async_op=async_op, **kwargs)
-
-    _replace("barrier", barrier_on_cpu)
+    stand_in = SimpleNamespace(Options=_NcclOptions)
+    for module in (dist, dist.distributed_c10d):
+        module.ProcessGroupNCCL = stand_in
 
 
 def flat_all_gather_into_tensor() -> None:
@@ -119,7 +105,10 @@ def uneven_all_gather() -> None:
                 for rank, output in enumerate(tensor_list)
             ]
         )
-        return works if async_op else works.wait() and None
+        if async_op:
+            return works
+        works.wait()
+        return None
 
     _replace("all_gather", all_gather)
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
+import torch
 from packaging.specifiers import SpecifierSet
 
-from mcore_lab.cpu import cuda_api, gloo, megatron_core, random_stream, tensors
+from mcore_lab.cpu import cuda_api, gloo, megatron_core, placement, random_stream, tensors
 from mcore_lab.cpu.replace import update_importers
 
 
@@ -28,10 +30,17 @@ class Patch:
     """Makes the change, once a process."""
     versions: str = ""
     """The Megatron-Core versions it is for, as a version specifier; all that are supported if empty."""
+    torch_build: Literal["cpu", "cuda"] | None = None
+    """The build of torch it is for; both if not set."""
 
-    def is_for(self, version: str) -> bool:
-        """Say whether the patch is meant for this version of Megatron-Core."""
-        return SpecifierSet(self.versions).contains(version, prereleases=True)
+    @property
+    def is_for_this(self) -> bool:
+        """Whether the patch is meant for the installed Megatron-Core and torch."""
+        version = importlib.metadata.version("megatron-core")
+        build = "cuda" if torch.backends.cuda.is_built() else "cpu"
+        return self.torch_build in (None, build) and SpecifierSet(self.versions).contains(
+            version, prereleases=True
+        )
 
 
 TORCH = (
@@ -51,14 +60,55 @@ TORCH = (
         apply=random_stream.keep_cpu_state_apart,
     ),
     Patch(
-        replaces="torch functions with device='cuda', .cuda(), pin_memory and dropout",
+        replaces="torch.utils.checkpoint.get_device_states",
+        why="it asks the tensors' devices, which are the CPU, whose dropout state to restore",
+        apply=random_stream.restore_device_state_in_recomputation,
+    ),
+    Patch(
+        replaces="torch functions with device='cuda', .cuda(), .cpu(), .type(), pin_memory, dropout",
         why="tensors live on the CPU and draw from the device's random stream",
         apply=tensors.enter_mode_in_every_thread,
     ),
     Patch(
-        replaces="torch.Tensor.type",
-        why="gradient clipping and the optimizers compare it with 'torch.cuda.FloatTensor'",
-        apply=tensors.report_cuda_types,
+        replaces="torch.autograd.graph._engine_run_backward",
+        why="torch leaves the mode that does the above while loss.backward() runs",
+        apply=tensors.enter_mode_in_backward,
+    ),
+    Patch(
+        replaces="torch.Tensor.record_stream",
+        why="it takes a stream of C++ only",
+        apply=tensors.record_no_streams,
+    ),
+    Patch(
+        replaces="torch.cuda.FloatTensor, LongTensor, …",
+        why="a CPU build of torch has dummies, a CUDA build asks the driver",
+        apply=tensors.alias_cuda_types,
+    ),
+    Patch(
+        replaces="torch.nn.Module.to",
+        why="module.to(local_rank) asks for an accelerator",
+        apply=placement.move_modules_to_cpu,
+        torch_build="cpu",
+    ),
+    Patch(
+        replaces="torch.UntypedStorage.to, cuda",
+        why="torch.load(map_location='cuda') moves storages",
+        apply=placement.load_storages_on_cpu,
+    ),
+    Patch(
+        replaces="torch.set_default_device",
+        why="the default device is applied below every mode",
+        apply=placement.default_device_is_cpu,
+    ),
+    Patch(
+        replaces="torch.Generator",
+        why="torch.Generator(device='cuda') asks the driver",
+        apply=placement.make_generators_on_cpu,
+    ),
+    Patch(
+        replaces="torch.autocast, is_autocast_enabled, get_autocast_dtype",
+        why="torch.autocast('cuda') leaves operations on CPU tensors in their own type",
+        apply=placement.autocast_on_cpu,
     ),
     Patch(
         replaces="torch.distributed.init_process_group, new_group",
@@ -66,9 +116,10 @@ TORCH = (
         apply=gloo.gloo_for_nccl,
     ),
     Patch(
-        replaces="torch.distributed.barrier",
-        why="Gloo refuses device_ids",
-        apply=gloo.barrier_without_devices,
+        replaces="torch.distributed.ProcessGroupNCCL",
+        why="programs fill in its Options",
+        apply=gloo.name_nccl_options,
+        torch_build="cpu",
     ),
     Patch(
         replaces="torch.distributed.all_gather_into_tensor",
@@ -97,6 +148,7 @@ MEGATRON = (
         replaces="megatron.core.utils.is_te_min_version",
         why="without Transformer Engine it compares None with a version and raises",
         apply=megatron_core.compare_missing_transformer_engine,
+        versions="<0.17",
     ),
     Patch(
         replaces="megatron.core.transformer.moe.moe_utils.te_general_gemm",
@@ -120,9 +172,8 @@ LEDGER = TORCH + MEGATRON
 
 
 def apply_all() -> None:
-    """Apply each patch that is meant for the installed Megatron-Core, in the ledger's order."""
-    version = importlib.metadata.version("megatron-core")
+    """Apply each patch that is meant for what is installed, in the ledger's order."""
     for patch in LEDGER:
-        if patch.is_for(version):
+        if patch.is_for_this:
             patch.apply()
     update_importers()

@@ -27,7 +27,9 @@ _MODULES = (
     "megatron.core.dist_checkpointing",
     "megatron.core.datasets.gpt_dataset",
     "megatron.core.datasets.blended_megatron_dataset_builder",
-    "megatron.core.tokenizers",
+    "megatron.core.tokenizers.text",
+    # Every optimizer imports it when it is made.
+    "torch._dynamo",
 )
 _HELPERS = "megatron.core.datasets.helpers_cpp"
 _EXTENSION_SUFFIX = importlib.machinery.EXTENSION_SUFFIXES[0]

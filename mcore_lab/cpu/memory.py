@@ -33,7 +33,7 @@ def _free_and_total(device: object = None) -> tuple[int, int]:
 def _stats(device: object = None) -> dict[str, int]:
     """Return the bytes held; what only CUDA's allocator counts is 0."""
     now, peak = _resident(), _peak_resident()
-    stats: dict[str, int] = defaultdict(int)
+    stats: dict[str, int] = defaultdict(int, num_alloc_retries=0, num_ooms=0)
     for kind in ("allocated_bytes", "reserved_bytes", "active_bytes"):
         for pool in ("all", "large_pool"):
             stats |= {f"{kind}.{pool}.current": now, f"{kind}.{pool}.peak": peak}

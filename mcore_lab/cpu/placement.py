@@ -58,7 +58,7 @@ def make_generators_on_cpu() -> None:
     """`torch.Generator(device="cuda")` is a CPU generator; the name stays a type."""
     generator = torch.Generator
 
-    class GeneratorType(type):
+    class GeneratorType(type(generator)):  # type: ignore[misc]
         def __call__(cls, device: Any = "cpu") -> torch.Generator:
             return generator(device=_cpu_for_cuda(device))
 

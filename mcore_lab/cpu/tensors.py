@@ -81,17 +81,12 @@ def _stay(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     return tensor
 
 
-def _nothing(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-    """A CPU's memory is free once nothing refers to it."""
-
-
 _METHODS: dict[Any, Callable[..., Any]] = {
     torch.Tensor.to: _to,
     torch.Tensor.type: _type,
     torch.Tensor.cpu: torch.Tensor.clone,
     torch.Tensor.cuda: _stay,
     torch.Tensor.pin_memory: _stay,
-    torch.Tensor.record_stream: _nothing,
 }
 
 
@@ -154,6 +149,15 @@ def enter_mode_in_backward() -> None:
 
     for module in (torch.autograd, torch.autograd.graph):
         replace(module, "_engine_run_backward", run_with_mode)
+
+
+def record_no_streams() -> None:
+    """`x.record_stream(s)` keeps memory from being used again while `s` works on it."""
+
+    def record_stream(self: torch.Tensor, stream: object) -> None:
+        """A CPU's stream has no work left."""
+
+    torch.Tensor.record_stream = record_stream  # type: ignore[method-assign]
 
 
 def alias_cuda_types() -> None:

@@ -21,7 +21,8 @@ class GlobalBatches:
 
     Sample n of the run is entry n of an endless sequence: the dataset in a new order each epoch,
     decided by the seed alone. Step k takes `global_batch_size` samples from `k * global_batch_size`
-    on, whatever the layout and however many steps the run has.
+    on, whatever the layout and however many steps the run has. With `num_samples` the sequence ends
+    there, and batches are filled up with samples whose loss is masked.
     """
 
     def __init__(
@@ -33,12 +34,14 @@ class GlobalBatches:
         data_parallel_rank: int,
         data_parallel_size: int,
         seed: int,
+        num_samples: int | None = None,
     ) -> None:
         self._dataset = dataset
+        self._length = len(dataset)  # type: ignore[arg-type]
         self._micro_batch_size = micro_batch_size
         self._global_batch_size = global_batch_size
         self._rank, self._ranks = data_parallel_rank, data_parallel_size
-        self._seed = seed
+        self._seed, self._num_samples = seed, num_samples
         self._epoch_order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
     @property
@@ -46,11 +49,13 @@ class GlobalBatches:
         """Micro-batches that this rank takes a step."""
         return self._global_batch_size // (self._micro_batch_size * self._ranks)
 
-    def sample_index(self, position: int) -> int:
-        """Return which of the dataset's samples is number `position` of the run."""
-        epoch, place = divmod(position, len(self._dataset))  # type: ignore[arg-type]
+    def sample_index(self, position: int) -> int | None:
+        """Return the index of the sample at `position` in the run; None after the last."""
+        if self._num_samples is not None and position >= self._num_samples:
+            return None
+        epoch, place = divmod(position, self._length)
         if self._epoch_order[0] != epoch:
-            order = np.random.default_rng((self._seed, epoch)).permutation(len(self._dataset))  # type: ignore[arg-type]
+            order = np.random.default_rng((self._seed, epoch)).permutation(self._length)
             self._epoch_order = (epoch, order)
         return int(self._epoch_order[1][place])
 
@@ -62,25 +67,39 @@ class GlobalBatches:
             positions = range(start + first, start + first + self._micro_batch_size)
             yield self._collate([self.sample_index(position) for position in positions])
 
-    def _collate(self, indices: list[int]) -> Batch:
+    def _collate(self, indices: list[int | None]) -> Batch:
+        # Megatron-Core's datasets return a sample with an empty loss mask for None.
         batch = default_collate([self._dataset[index] for index in indices])
         return {name: value.cuda(non_blocking=True) for name, value in batch.items()}
 
 
-def global_batches(
-    recipe: Recipe, dataset: Dataset[Any], *, at_least: int | None = None
-) -> GlobalBatches:
-    """Return the recipe's batches of `dataset`, for this rank of Megatron-Core's data-parallel group.
+def global_batches(recipe: Recipe, dataset: Dataset[Any]) -> GlobalBatches:
+    """Return the recipe's batches of `dataset`, for this rank of the data-parallel group."""
+    return _batches(recipe, dataset, recipe.data.global_batch_size)
 
-    With `at_least`, a batch has that many samples, rounded up to what the ranks can share.
+
+def validation_batch(recipe: Recipe, dataset: Dataset[Any]) -> GlobalBatches:
+    """Return one batch of the first `eval_samples` samples of `dataset`, or of all if it has fewer.
+
+    They are the same for every layout: what the ranks cannot share evenly is filled up.
     """
-    micro, ranks = recipe.data.micro_batch_size, parallel_state.get_data_parallel_world_size()
-    rounded = -(-(at_least or 0) // (micro * ranks)) * micro * ranks
+    samples = min(recipe.training.eval_samples, len(dataset))  # type: ignore[arg-type]
+    unit = recipe.data.micro_batch_size * parallel_state.get_data_parallel_world_size()
+    if recipe.layout.vpp > 1:
+        group = recipe.model.transformer.get("microbatch_group_size_per_vp_stage")
+        unit *= group or recipe.layout.pp
+    return _batches(recipe, dataset, -(-samples // unit) * unit, num_samples=samples)
+
+
+def _batches(
+    recipe: Recipe, dataset: Dataset[Any], size: int, num_samples: int | None = None
+) -> GlobalBatches:
     return GlobalBatches(
         dataset,
-        micro_batch_size=micro,
-        global_batch_size=rounded or recipe.data.global_batch_size,
+        micro_batch_size=recipe.data.micro_batch_size,
+        global_batch_size=size,
         data_parallel_rank=parallel_state.get_data_parallel_rank(),
-        data_parallel_size=ranks,
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
         seed=recipe.training.seed,
+        num_samples=num_samples,
     )

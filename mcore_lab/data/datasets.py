@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch.distributed as dist
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from torch.utils.data import Dataset, Subset
 
 from mcore_lab.compat import byte_level_tokenizer, null_tokenizer
 from mcore_lab.config import Data
-from mcore_lab.data.text import tokenised_text
+from mcore_lab.data.text import cannot_write, tokenised_text
 from mcore_lab.errors import DataError
+from mcore_lab.runtime.together import fail_together
 
 if TYPE_CHECKING:
     from megatron.core.tokenizers.base_tokenizer import MegatronTokenizerBase
 
 _DATASET_SEED = 0
+_INDICES = ("document_index", "sample_index", "shuffle_index")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Datasets:
     """What a run trains on and is validated on."""
 
-    train: GPTDataset
-    valid: GPTDataset | None
+    train: Dataset[Any]
+    valid: Dataset[Any] | None
     vocab_size: int
     """Tokens that the data can hold."""
 
@@ -35,43 +44,93 @@ def build_datasets(data: Data) -> Datasets:
 
     Raises DataError where there is no text, or too little of it for one sample.
     """
-    if data.path is None:
-        tokenizer = null_tokenizer(data.mock_vocab_size)
-        config = _config(data, tokenizer)
-        train = _build(MockGPTDataset, [data.num_samples, None, None], config)[0]
-        return Datasets(train=train, valid=None, vocab_size=tokenizer.vocab_size)
-    tokenizer = byte_level_tokenizer()
-    prefix = tokenised_text(Path(data.path), Path(data.cache_dir), tokenizer)
-    config = _config(data, tokenizer, prefix)
-    train, valid, _ = _build(GPTDataset, [None, None, None], config)
-    if not train:
+    return _mock_data(data) if data.path is None else _text_data(data, Path(data.path))
+
+
+def _mock_data(data: Data) -> Datasets:
+    tokenizer = null_tokenizer(data.mock_vocab_size)
+    config = _config(data, tokenizer, split="1")
+    train = _build(MockGPTDataset, [data.num_samples, None, None], config)[0]
+    # Megatron-Core builds whole epochs of its mock documents, which hold more samples than these.
+    samples = Subset(train, range(data.num_samples))
+    return Datasets(train=samples, valid=None, vocab_size=tokenizer.vocab_size)
+
+
+def _text_data(data: Data, path: Path) -> Datasets:
+    tokenizer, cache = byte_level_tokenizer(), Path(data.cache_dir)
+    prefix = tokenised_text(path, cache, tokenizer)
+    with _index_folder(cache) as indices:
+        blend = ([str(prefix)], None)
+        config = _config(data, tokenizer, split=data.split, blend=blend, path_to_cache=str(indices))
+        train, valid, test = _build(GPTDataset, [None, None, None], config)
+        for dataset in (train, valid, test):
+            _hold_indices(dataset)
+    _require_samples("training", train, data)
+    if config.split_matrix[1] is not None:
+        _require_samples("validation", valid, data)
+    return Datasets(train=train, valid=valid, vocab_size=tokenizer.vocab_size)
+
+
+def _require_samples(share: str, dataset: GPTDataset | None, data: Data) -> None:
+    if not dataset:
         raise DataError(
-            f"{data.path}: the training share of --data.split {data.split} holds less than one "
-            f"sample of {data.sequence_length} tokens; more text, or a shorter --data.sequence-length"
+            f"{data.path}: the {share} share of --data.split {data.split} holds less than one "
+            f"sample of {data.sequence_length} tokens: more text, a shorter "
+            "--data.sequence-length, or another --data.split (100,0,0 does without validation)"
         )
-    return Datasets(train=train, valid=valid or None, vocab_size=tokenizer.vocab_size)
 
 
-def _config(
-    data: Data, tokenizer: MegatronTokenizerBase, prefix: Path | None = None
-) -> GPTDatasetConfig:
+def _config(data: Data, tokenizer: MegatronTokenizerBase, **kwargs: Any) -> GPTDatasetConfig:
     return GPTDatasetConfig(
         random_seed=_DATASET_SEED,
         sequence_length=data.sequence_length,
-        blend=([str(prefix)], None) if prefix else None,
-        split=data.split if prefix else "1",
-        path_to_cache=str(prefix.parent / "indices") if prefix else None,
         tokenizer=tokenizer,
         reset_position_ids=False,
         reset_attention_mask=False,
         eod_mask_loss=False,
         # The layers mask by position themselves.
         create_attention_mask=False,
+        **kwargs,
     )
 
 
-def _build(
-    kind: type[GPTDataset], sizes: list[int | None], config: GPTDatasetConfig
-) -> list[GPTDataset]:
+@contextmanager
+def _index_folder(cache: Path) -> Iterator[Path]:
+    """Give Megatron-Core a folder of this run's own for the indices that it builds.
+
+    It would take a half-written index that it finds, of a run that was killed or of one that has
+    just begun, for a whole one.
+    """
+    name = [uuid.uuid4().hex]
+    if dist.is_initialized():
+        dist.broadcast_object_list(name)
+    folder = cache / f".indices-{name[0]}"
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
+    with fail_together():
+        if is_first:
+            _make(folder)
+    try:
+        yield folder
+        if dist.is_initialized():
+            dist.barrier()
+    finally:
+        if is_first:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise cannot_write(folder.parent, error) from error
+
+
+def _build(kind: type[GPTDataset], sizes: list[int | None], config: GPTDatasetConfig) -> list[Any]:
     # Each rank reads for itself, so that no rank's samples depend on the layout.
     return BlendedMegatronDatasetBuilder(kind, sizes, lambda: True, config).build()
+
+
+def _hold_indices(dataset: GPTDataset | None) -> None:
+    """Read into memory the indices that Megatron-Core maps from their files."""
+    for name in _INDICES if dataset else ():
+        setattr(dataset, name, np.array(getattr(dataset, name)))

@@ -21,6 +21,7 @@ from mcore_lab.data import text_files
 from mcore_lab.errors import LabError
 from mcore_lab.recipes import load_recipe
 from mcore_lab.training import RunFolder
+from mcore_lab.training.rules import require_trainable
 
 if TYPE_CHECKING:
     from mcore_lab.training.recorder import Summary
@@ -33,6 +34,9 @@ def launch_recipe(arguments: RunArguments, nproc: int) -> dict[str, Any]:
     before any process starts where that can be known.
     """
     require_startable(arguments, nproc)
+    # A thread that waits for one whose core another program has taken would burn its own; OpenMP
+    # reads this when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from mcore_lab.runtime import choose_device, launch
 
     device = choose_device(nproc).type
@@ -43,9 +47,11 @@ def require_startable(arguments: RunArguments, world_size: int) -> None:
     """Raise LabError for whatever can be seen to be wrong without starting anything."""
     recipe = arguments.recipe
     recipe.layout.require(recipe.model, recipe.data, world_size)
+    require_trainable(recipe)
     folder = RunFolder(arguments.run_dir)
-    folder.require_usable(fresh=arguments.fresh, resume=recipe.training.resume != "none")
-    starting_point(recipe.checkpoint.load, recipe.training.resume, folder.checkpoints)
+    resume = recipe.training.resume
+    start = starting_point(recipe.checkpoint.load, resume, folder.checkpoints)
+    folder.require_usable(fresh=arguments.fresh, resume=resume, start=start.path if start else None)
     if recipe.data.path is not None:
         text_files(Path(recipe.data.path))
 

@@ -21,7 +21,13 @@ from mcore_lab.checkpoint.save import save_checkpoint
 from mcore_lab.config import Recipe
 from mcore_lab.data.batches import global_batches
 from mcore_lab.data.datasets import build_datasets
-from mcore_lab.model import gpt_arguments, on_device, pipeline_stages, transformer_config
+from mcore_lab.model import (
+    gpt_arguments,
+    on_device,
+    pipeline_stages,
+    refusals_explained,
+    transformer_config,
+)
 from mcore_lab.runtime import World
 from mcore_lab.training.evaluate import evaluate
 from mcore_lab.training.forward import forward_step, mean_loss
@@ -45,17 +51,18 @@ def train(recipe: Recipe, world: World, recorder: Recorder) -> Summary:
     # What it holds: its slice of its layers, in one chunk a (virtual) pipeline stage.
     config = transformer_config(recipe)
     backend = choose_backend(recipe.model.backend, world.device.type)
-    chunks = [
-        GPTModel(
-            config,
-            decoder_block_spec(config, backend, stage.vp_stage),
-            **gpt_arguments(recipe, datasets.vocab_size),
-            pre_process=stage.is_first,
-            post_process=stage.is_last,
-            vp_stage=stage.vp_stage,
-        )
-        for stage in pipeline_stages(recipe.layout)
-    ]
+    with refusals_explained():
+        chunks = [
+            GPTModel(
+                config,
+                decoder_block_spec(config, backend, stage.vp_stage),
+                **gpt_arguments(recipe, datasets.vocab_size),
+                pre_process=stage.is_first,
+                post_process=stage.is_last,
+                vp_stage=stage.vp_stage,
+            )
+            for stage in pipeline_stages(recipe.layout)
+        ]
     model = [
         DistributedDataParallel(config, ddp_config(recipe), on_device(config, chunk))
         for chunk in chunks
@@ -72,12 +79,15 @@ def train(recipe: Recipe, world: World, recorder: Recorder) -> Summary:
     first_step = 0
     checkpoints = recorder.folder.checkpoints
     if start := starting_point(recipe.checkpoint.load, training.resume, checkpoints):
-        if training.resume == "none":
-            load_weights(start, model, optimizer)
+        if start.weights_only:
+            load_weights(start.path, model, optimizer)
         else:
-            first_step = load_checkpoint(start, model, optimizer, scheduler)
+            first_step = load_checkpoint(start.path, model, optimizer, scheduler)
 
     recorder.begin(recipe, world, backend, first_step)
+    if training.steps == 0 and recipe.checkpoint.save:
+        # The initial weights, for runs on other layouts to start from.
+        recorder.saved(save_checkpoint(step_folder(checkpoints, 0), model, optimizer, scheduler, 0))
     for step in range(first_step, training.steps):
         started = time.perf_counter()
         for chunk in model:

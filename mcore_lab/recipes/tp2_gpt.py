@@ -23,7 +23,7 @@ RECIPE = Recipe(
         vocab_size=100,
         transformer={"hidden_dropout": 0.0, "attention_dropout": 0.0},
     ),
-    data=Data(sequence_length=64, micro_batch_size=8, global_batch_size=8),
+    data=Data(sequence_length=64, micro_batch_size=2, global_batch_size=8),
     training=Training(steps=20, lr=1e-3),
 )
 

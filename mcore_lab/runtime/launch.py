@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
 import logging
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import uuid
@@ -20,6 +23,7 @@ from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
@@ -32,6 +36,8 @@ from mcore_lab.runtime.device import threads_per_rank
 T = TypeVar("T")
 _LOST_PEER_SECONDS = 3.0
 _START_SECONDS = 120.0
+_OMP_PAUSE_HARD = 2
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _TALKATIVE = ("torch.distributed.elastic", "torch.multiprocessing.spawn")
 
 
@@ -54,7 +60,8 @@ def launch(
     method = "spawn" if device == "cuda" else "fork"
     if method == "fork":
         cpu.preload()
-    with tempfile.TemporaryDirectory(prefix="mcore_lab-") as folder, _few_threads(nproc), _quiet():
+        _end_openmp_threads()
+    with tempfile.TemporaryDirectory(prefix="mcore_lab-") as folder, _quiet(), _own_signals():
         all_started = multiprocessing.get_context(method).Barrier(nproc)
         ranks = elastic_launch(_config(nproc, method), _rank_main)
         try:
@@ -65,7 +72,7 @@ def launch(
             if error.sigval == signal.SIGINT:
                 raise KeyboardInterrupt from None
             raise SystemExit(128 + int(error.sigval)) from None
-    return [results[rank] for rank in range(nproc)]
+    return [pickle.loads(results[rank]) for rank in range(nproc)]
 
 
 def _config(nproc: int, method: str) -> LaunchConfig:
@@ -83,23 +90,34 @@ def _config(nproc: int, method: str) -> LaunchConfig:
     )
 
 
+def _end_openmp_threads() -> None:
+    """End the threads that OpenMP keeps; it starts new ones when it needs them.
+
+    Threads do not survive a fork: a rank would wait for the help of those it believes it has.
+    """
+    with contextlib.suppress(OSError):
+        for library in set(re.findall(r"/\S*libgomp\S*", Path("/proc/self/maps").read_text())):
+            ctypes.CDLL(library).omp_pause_resource_all(_OMP_PAUSE_HARD)
+
+
 @contextlib.contextmanager
-def _few_threads(nproc: int) -> Iterator[None]:
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = str(threads_per_rank(nproc))
+def _own_signals() -> Iterator[None]:
+    """Put back the signal handlers that torch's launcher replaces."""
+    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = before
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep torch from telling of a failure as well: once, and by us, is enough."""
-    loggers = [logging.getLogger(name) for name in _TALKATIVE]
+    # Each of them has a level of its own, so that a parent's does not count.
+    known = logging.root.manager.loggerDict
+    loggers = [logging.getLogger(name) for name in known if name.startswith(_TALKATIVE)]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
@@ -126,16 +144,22 @@ def _rank_main(
     all_started: Barrier,
     function: Callable[..., T],
     args: tuple[Any, ...],
-) -> T:
+) -> bytes:
+    # A rank that is told to end has nothing to save, and in a wait of C++ would not hear of it.
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
     # The launching process serves the store from a thread that takes glibc's resolver lock for each
     # rank that connects. A rank forked in that moment would find the lock taken for good.
     all_started.wait(_START_SECONDS)
     rank = int(os.environ["RANK"])
+    threads = threads_per_rank(int(os.environ["LOCAL_WORLD_SIZE"]))
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    torch.set_num_threads(threads)
     with (folder / f"stacks-{rank}").open("w") as stacks:
         if timeout is not None:
             faulthandler.dump_traceback_later(timeout, exit=True, file=stacks)
         try:
-            return function(*args)
+            return pickle.dumps(function(*args))
         except BaseException as error:
             _leave_failure(folder, rank, error)
             if _lost_a_peer(error):
@@ -183,7 +207,7 @@ def _first_failure(failures: dict[int, ProcessFailure], folder: Path) -> LabErro
     if stacks:
         return RankFailedError(f"the time limit ended the ranks; where they were:\n{stacks}")
     for rank, failure in failures.items():
-        if failure.exitcode < 0 and -failure.exitcode not in (signal.SIGTERM, signal.SIGINT):
+        if failure.exitcode < 0:
             name = signal.Signals(-failure.exitcode).name
             return RankFailedError(f"rank {rank} was killed by {name} (process {failure.pid})")
     left = [pickle.loads(path.read_bytes()) for path in folder.glob("failure-*")]

@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from megatron.core.datasets.gpt_dataset import GPTDataset
+from torch.utils.data import Dataset
 
 from mcore_lab.config import Recipe
-from mcore_lab.data.batches import global_batches
+from mcore_lab.data.batches import validation_batch
 from mcore_lab.training.forward import forward_step, mean_loss
 
 
 def evaluate(
     recipe: Recipe,
-    dataset: GPTDataset,
+    dataset: Dataset[Any],
     model: list[torch.nn.Module],
     forward_backward: Callable[..., list[dict[str, torch.Tensor]]],
 ) -> float:
     """Return the mean loss a token, in nats, of the same `eval_samples` samples each time."""
-    batches = global_batches(recipe, dataset, at_least=recipe.training.eval_samples)
+    batch = validation_batch(recipe, dataset)
     for chunk in model:
         chunk.eval()
     with torch.no_grad():
         reports = forward_backward(
             forward_step_func=forward_step,
-            data_iterator=[batches.step(0) for _ in model],
+            data_iterator=[batch.step(0) for _ in model],
             model=model,
-            num_microbatches=batches.num_microbatches,
+            num_microbatches=batch.num_microbatches,
             seq_length=recipe.data.sequence_length,
             micro_batch_size=recipe.data.micro_batch_size,
             forward_only=True,

@@ -6,12 +6,11 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch.distributed as dist
-
 from mcore_lab.backends import Backend
 from mcore_lab.config import Recipe
 from mcore_lab.errors import RankFailedError
 from mcore_lab.runtime import RankLog, World
+from mcore_lab.runtime.together import fail_together
 from mcore_lab.training.console import Console
 from mcore_lab.training.metrics import StepMetrics, peak_memory_bytes
 from mcore_lab.training.run_folder import RunFolder
@@ -49,10 +48,9 @@ class Recorder:
         self._tokens = recipe.data.global_batch_size * recipe.data.sequence_length
         self._world = world
         self._steps = first_step
-        if world.is_first:
-            self.folder.begin(self._recipe_toml, fresh=self._fresh)
-            self.folder.drop_metrics_after(first_step)
-        dist.barrier()
+        with fail_together():
+            if world.is_first:
+                self.folder.begin(self._recipe_toml, fresh=self._fresh, first_step=first_step)
         self._log.write_to(self.folder.logs)
         device = world.device
         self._console.begin(first_step, recipe.training.steps)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mcore_lab.errors import RunFolderError
 
@@ -15,10 +17,19 @@ if TYPE_CHECKING:
 
 _RECIPE, _METRICS, _VALIDATION = "recipe.toml", "metrics.jsonl", "validation.jsonl"
 _CHECKPOINTS, _LOGS = "checkpoints", "logs"
+_WRITTEN = (
+    _RECIPE,
+    _METRICS,
+    _VALIDATION,
+    f"{_CHECKPOINTS}/step-*",
+    f"{_CHECKPOINTS}/.step-*",
+    f"{_LOGS}/rank-*.log",
+)
+"""What a run writes, and all that `--fresh` removes."""
 
 
 class RunFolder:
-    """`recipe.toml`, `metrics.jsonl`, `checkpoints/` and `logs/` of one run.
+    """`recipe.toml`, `metrics.jsonl`, `validation.jsonl`, `checkpoints/` and `logs/` of one run.
 
     Nothing is written, and nothing of an earlier run removed, before `begin`: a run that cannot
     start leaves what is there as it was.
@@ -37,57 +48,97 @@ class RunFolder:
         """Where each rank's log is."""
         return self.path / _LOGS
 
-    def require_usable(self, *, fresh: bool, resume: bool) -> None:
-        """Raise RunFolderError if a run is there that this one would write over."""
+    @property
+    def holds_a_run(self) -> bool:
+        """Whether a run has begun here."""
+        return all((self.path / name).is_file() for name in (_RECIPE, _METRICS))
+
+    def require_usable(
+        self, *, fresh: bool, resume: str = "none", start: Path | None = None
+    ) -> None:
+        """Raise RunFolderError if this run would write over another, or over what is not a run's.
+
+        `resume` is none, auto or a path; `start` is the checkpoint that the run starts from.
+        """
         if self.path.exists() and not self.path.is_dir():
             raise RunFolderError(f"{self.path} is not a folder; choose another with --run-dir")
-        if (self.path / _RECIPE).exists() and not (fresh or resume):
+        if not self.holds_a_run:
+            if self.path.exists() and any(self.path.iterdir()):
+                raise RunFolderError(
+                    f"{self.path} holds files that are not of a run; choose another with --run-dir"
+                )
+            return
+        is_own = start is not None and start.resolve().is_relative_to(self.path.resolve())
+        if fresh and (is_own or resume == "auto"):
+            raise RunFolderError(
+                f"--fresh removes the run in {self.path}, which this one is to start from: "
+                "without --fresh, or with --run-dir for another folder"
+            )
+        if not fresh and resume != "auto" and not (is_own and resume != "none"):
             raise RunFolderError(
                 f"there is a run in {self.path} already: --fresh to start it anew, "
                 "--training.resume auto to go on with it, or --run-dir for another folder"
             )
-        if self.path.exists() and not (self.path / _RECIPE).exists() and any(self.path.iterdir()):
-            raise RunFolderError(
-                f"{self.path} holds files that are not of a run; choose another with --run-dir"
-            )
 
-    def begin(self, recipe_toml: str, *, fresh: bool) -> None:
-        """Make the folder, empty if the run is fresh, and write down what runs."""
-        try:
-            if fresh:
-                for name in (_RECIPE, _METRICS, _VALIDATION):
-                    (self.path / name).unlink(missing_ok=True)
-                for folder in (self.checkpoints, self.logs):
-                    shutil.rmtree(folder, ignore_errors=True)
+    def begin(self, recipe_toml: str, *, fresh: bool, first_step: int = 0) -> None:
+        """Make the folder and write down what runs; an earlier run keeps `first_step` steps."""
+        with self._writing():
+            if fresh and self.holds_a_run:
+                self._remove_run()
             self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / _RECIPE).write_text(recipe_toml, encoding="utf-8")
-        except OSError as error:
-            raise RunFolderError(f"cannot write the run folder {self.path}: {error}") from error
-
-    def drop_metrics_after(self, step: int) -> None:
-        """Forget the steps after `step`: a run that goes on from there takes them again."""
-        for name in (_METRICS, _VALIDATION):
-            kept = [line for line in self._lines(name) if line["step"] <= step]
-            text = "".join(json.dumps(line) + "\n" for line in kept)
-            if text or name == _METRICS:
-                (self.path / name).write_text(text, encoding="utf-8")
+            _replace(self.path / _RECIPE, recipe_toml)
+            self._drop_after(first_step)
 
     def record(self, metrics: StepMetrics) -> None:
         """Append a step's line to `metrics.jsonl`."""
-        with (self.path / _METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(dataclasses.asdict(metrics)) + "\n")
+        self._append(_METRICS, dataclasses.asdict(metrics))
 
     def record_validation(self, step: int, loss: float) -> None:
         """Append the validation loss after a step to `validation.jsonl`."""
-        with (self.path / _VALIDATION).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "valid_loss": loss}) + "\n")
+        self._append(_VALIDATION, {"step": step, "valid_loss": loss})
 
-    def metrics(self) -> list[dict[str, float]]:
+    def metrics(self) -> list[dict[str, Any]]:
         """Return the steps that have been recorded."""
-        return self._lines(_METRICS)
+        return list(self._lines(_METRICS))
 
-    def _lines(self, name: str) -> list[dict[str, float]]:
+    def _append(self, name: str, line: dict[str, Any]) -> None:
+        with self._writing(), (self.path / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def _lines(self, name: str) -> Iterator[dict[str, Any]]:
         file = self.path / name
-        if not file.exists():
-            return []
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+            # A run that was killed may have left its last line unfinished.
+            with suppress(json.JSONDecodeError):
+                yield json.loads(line)
+
+    def _drop_after(self, step: int) -> None:
+        """Forget the steps after `step`: a run that goes on from there takes them again."""
+        for name in (_METRICS, _VALIDATION):
+            kept = [json.dumps(line) + "\n" for line in self._lines(name) if line["step"] <= step]
+            if name == _METRICS or (self.path / name).exists():
+                _replace(self.path / name, "".join(kept))
+
+    def _remove_run(self) -> None:
+        for pattern in _WRITTEN:
+            for found in self.path.glob(pattern):
+                if found.is_dir():
+                    shutil.rmtree(found)
+                else:
+                    found.unlink()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RunFolderError(
+                f"cannot write the run folder {self.path}: {error.strerror or error}"
+            ) from error
+
+
+def _replace(file: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    beside = file.with_name(f".{file.name}")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(file)

@@ -7,13 +7,11 @@ exists.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-
 from mcore_lab.layout.rules import data, experts, pipeline, tensor, world
-from mcore_lab.layout.rules.case import Case
+from mcore_lab.layout.rules.case import Case, Rule
 from mcore_lab.layout.rules.report import BrokenRule
 
-RULES: tuple[Callable[[Case], Iterator[BrokenRule]], ...] = (
+RULES: tuple[Rule, ...] = (
     *world.RULES,
     *tensor.RULES,
     *pipeline.RULES,

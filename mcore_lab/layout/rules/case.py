@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from mcore_lab.layout.rules.report import Amount
+from mcore_lab.layout.rules.report import Amount, BrokenRule
 
 if TYPE_CHECKING:
     from mcore_lab.layout.parallel import ParallelLayout
@@ -64,7 +64,8 @@ class Case:
 
     def model_amount(self, name: str, default: int = 0) -> Amount:
         """Return a number of the model with the flag that sets it."""
-        flag = f"--model.{_dashed(name)}" if hasattr(self.model, name) else _transformer_flag(name)
+        own = hasattr(self.model, name)
+        flag = f"--model.{_dashed(name)}" if own else f"--model.transformer.{name}"
         return Amount(name, self.of_model(name, default), f"{flag} {{}}")
 
     def data_amount(self, name: str) -> Amount:
@@ -72,9 +73,9 @@ class Case:
         return Amount(name, getattr(self.data, name), f"--data.{_dashed(name)} {{}}")
 
 
+Rule: TypeAlias = Callable[[Case], Iterator[BrokenRule]]
+"""Yields whatever a case breaks of one rule."""
+
+
 def _dashed(name: str) -> str:
     return name.replace("_", "-")
-
-
-def _transformer_flag(name: str) -> str:
-    return f"--model.transformer.{name}"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from mcore_lab.layout.rules.case import Case
+from mcore_lab.layout.rules.case import Case, Rule
 from mcore_lab.layout.rules.report import (
     BrokenRule,
     either,
@@ -123,11 +123,11 @@ def _micro_batches_fit(case: Case, count: int) -> bool:
 
 
 def _micro_batch_group(case: Case) -> int:
-    pp = case.layout.pp
-    return max(pp, case.of_model(_GROUP, pp))
+    group: int = case.of_model(_GROUP, case.layout.pp)
+    return max(group, case.layout.pp)
 
 
-RULES: tuple[Callable[[Case], Iterator[BrokenRule]], ...] = (
+RULES: tuple[Rule, ...] = (
     sequence_fits_the_model,
     sequence_splits,
     batch_divides,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-from mcore_lab.layout.rules.case import Case
+from mcore_lab.layout.rules.case import Case, Rule
 from mcore_lab.layout.rules.report import BrokenRule, either, multiple_of
 
 _DEFAULT_TOPK = 2
@@ -99,7 +99,7 @@ def shared_experts_have_no_bias(case: Case) -> Iterator[BrokenRule]:
         )
 
 
-RULES: tuple[Callable[[Case], Iterator[BrokenRule]], ...] = (
+RULES: tuple[Rule, ...] = (
     expert_sizes_have_experts,
     experts_split,
     router_has_enough_experts,

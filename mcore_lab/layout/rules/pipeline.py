@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mcore_lab.layout.rules.case import Case
+from mcore_lab.layout.rules.case import Case, Rule
 from mcore_lab.layout.rules.report import (
     BrokenRule,
     either,
@@ -103,7 +103,7 @@ def stage_layout_fits(case: Case) -> Iterator[BrokenRule]:
     With another number of chunks, Megatron-Core would leave some out without a word.
     """
     written = case.of_model(_STAGES)
-    if not written:
+    if not isinstance(written, (str, list, tuple)):
         return
     layout, stages = case.layout, _stages(written)
     if len(stages) != layout.pp * layout.vpp:
@@ -173,18 +173,18 @@ def _stages(written: str | Sequence[Sequence[Any]]) -> list[Sequence[Any]]:
         return list(written)
     text, repeats = written.replace(",", ""), 1
     while repeats:
-        text, repeats = _REPEAT.subn(lambda m: (m[1] or m[2]) * int(m[3]), text)
+        text, repeats = _REPEAT.subn(lambda m: (m[2] or m[1]) * int(m[3]), text)
     return list(text.split("|"))
 
 
 def _decoders(stage: Sequence[Any]) -> int:
     if isinstance(stage, str):
         return stage.count("t")
-    names = [getattr(layer, "name", layer) for layer in stage]
+    names = [str(getattr(layer, "name", layer)) for layer in stage]
     return sum(name.strip().lower() == "decoder" for name in names)
 
 
-RULES: tuple[Callable[[Case], Iterator[BrokenRule]], ...] = (
+RULES: tuple[Rule, ...] = (
     interleaving_has_stages,
     interleaved_stages_pair_messages,
     plain_stages_do_not_overlap,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-from mcore_lab.layout.rules.case import Case
+from mcore_lab.layout.rules.case import Case, Rule
 from mcore_lab.layout.rules.report import (
     Amount,
     BrokenRule,
@@ -129,7 +129,7 @@ def _all_ones(frequency: object) -> bool:
     return isinstance(frequency, (list, tuple)) and all(n == 1 for n in frequency)
 
 
-RULES: tuple[Callable[[Case], Iterator[BrokenRule]], ...] = (
+RULES: tuple[Rule, ...] = (
     heads_split,
     heads_share_query_groups,
     query_groups_split,

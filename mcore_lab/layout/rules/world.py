@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from math import prod
 from typing import TYPE_CHECKING
 
-from mcore_lab.layout.rules.case import Case
+from mcore_lab.layout.rules.case import Case, Rule
 from mcore_lab.layout.rules.report import Amount, BrokenRule, multiple_of
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def _is_permutation(order: str) -> bool:
     return sorted(order.split("-")) == ["cp", "dp", "ep", "pp", "tp"]
 
 
-RULES: tuple[Callable[[Case], Iterator[BrokenRule]], ...] = (
+RULES: tuple[Rule, ...] = (
     sizes_are_set_in_the_layout,
     order_names_each_dimension,
     world_is_filled,

@@ -1,0 +1,36 @@
+"""What goes wrong in reading or writing a checkpoint, as one error with one reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch.distributed.checkpoint import CheckpointException
+
+from mcore_lab.errors import CheckpointError, LabError
+from mcore_lab.runtime.together import lost_a_peer
+
+
+@contextmanager
+def failures_explained(verb: str, path: Path) -> Iterator[None]:
+    """Raise what the body raises as CheckpointError: Megatron-Core, torch, pickle have many kinds.
+
+    A LabError passes, and so does the loss of another rank, whose failure is the one to tell.
+    """
+    try:
+        yield
+    except LabError:
+        raise
+    # torch's CheckpointException is no Exception.
+    except (Exception, CheckpointException) as error:
+        if lost_a_peer(error):
+            raise
+        reason = str(_cause(error)).strip().partition("\n")[0] or type(error).__name__
+        raise CheckpointError(f"cannot {verb} the checkpoint {path}: {reason}") from error
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Return the failure of the first rank that torch's CheckpointException gathers."""
+    failures = error.failures.values() if isinstance(error, CheckpointException) else ()
+    return next((failure for failure, _ in failures), error)

@@ -1,0 +1,37 @@
+"""What one rank alone finds to be wrong is raised on all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+
+from mcore_lab.errors import LabError
+
+
+@contextmanager
+def fail_together() -> Iterator[None]:
+    """Raise the LabError that any rank's body raises on every rank; without one, a barrier.
+
+    The body is free to differ from rank to rank, and holds no collective: a rank that fails there
+    would leave the others waiting for it.
+    """
+    error: LabError | None = None
+    try:
+        yield
+    except LabError as raised:
+        error = raised
+    errors = [error]
+    if dist.is_initialized():
+        errors = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, error)
+    for first in filter(None, [error, *errors]):
+        raise first
+
+
+def lost_a_peer(error: BaseException) -> bool:
+    """Say whether the error means that another rank has gone."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error).lower()
+    )

@@ -1,0 +1,75 @@
+"""Numbers of a recipe that no run can have. No torch in here: they are found before it starts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from mcore_lab.config import Recipe, Training
+from mcore_lab.errors import ConfigError
+
+_AT_LEAST = {
+    "training.steps": 0,
+    "training.seed": 0,
+    "training.lr": 0,
+    "training.min_lr": 0,
+    "training.lr_warmup_steps": 0,
+    "training.lr_decay_steps": 1,
+    "training.weight_decay": 0,
+    "training.adam_beta1": 0,
+    "training.adam_beta2": 0,
+    "training.adam_eps": 0,
+    "training.clip_grad": 0,
+    "training.eval_every": 1,
+    "training.eval_samples": 1,
+    "checkpoint.save_every": 1,
+    "data.num_samples": 1,
+    "data.mock_vocab_size": 1,
+}
+
+
+def require_trainable(recipe: Recipe) -> None:
+    """Raise ConfigError with every number of the recipe that no run can have, one a line."""
+    broken = [*_too_small(recipe), *_schedule(recipe.training), *_split(recipe.data.split)]
+    if broken:
+        raise ConfigError("\n".join(broken))
+
+
+def decay_steps(training: Training) -> int:
+    """Return the step at which the learning rate's decay ends."""
+    return training.lr_decay_steps or max(training.steps, training.lr_warmup_steps + 1)
+
+
+def _too_small(recipe: Recipe) -> Iterator[str]:
+    for name, least in _AT_LEAST.items():
+        part, _, field = name.partition(".")
+        value = getattr(getattr(recipe, part), field)
+        if value is not None and not value >= least:
+            yield f"--{_dashed(name)} must not be below {least}; it is {value}"
+
+
+def _schedule(training: Training) -> Iterator[str]:
+    if training.min_lr > training.lr:
+        yield f"--training.min-lr {training.min_lr} is above --training.lr {training.lr}"
+    if training.lr_decay_steps and training.lr_warmup_steps >= training.lr_decay_steps:
+        yield (
+            f"--training.lr-warmup-steps {training.lr_warmup_steps} must be below "
+            f"--training.lr-decay-steps {training.lr_decay_steps}"
+        )
+    for name in ("adam_beta1", "adam_beta2"):
+        if getattr(training, name) >= 1:
+            yield f"--training.{_dashed(name)} must be below 1; it is {getattr(training, name)}"
+
+
+def _split(split: str) -> Iterator[str]:
+    number = r"\s*(\d+\.?\d*|\.\d+)\s*"
+    match = re.fullmatch(rf"{number}(?:,{number})?(?:,{number})?", split)
+    if not match or float(match[1]) == 0:
+        yield (
+            f"--data.split {split} is not the shares of training, validation and test, of which "
+            "the first is above 0: 95,5,0"
+        )
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")

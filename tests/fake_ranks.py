@@ -1,0 +1,46 @@
+"""Any rank of any world in this one process, with Megatron-Core's real `parallel_state`.
+
+torch's "fake" backend makes real process groups whose collectives do nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from mcore_lab import cpu
+from mcore_lab.layout import ParallelLayout
+
+cpu.preload()
+
+from megatron.core import parallel_state  # noqa: E402
+
+
+@contextmanager
+def rank_of_world(rank: int, world_size: int) -> Iterator[None]:
+    torch.distributed.init_process_group(
+        backend="fake", store=FakeStore(), rank=rank, world_size=world_size
+    )
+    try:
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+
+
+def initialize(layout: ParallelLayout) -> None:
+    parallel_state.initialize_model_parallel(
+        **layout.model_parallel_sizes(), create_gloo_process_groups=False
+    )
+
+
+def is_refused(build: Callable[[], Any]) -> bool:
+    try:
+        build()
+    except (AssertionError, RuntimeError, ValueError, ZeroDivisionError):
+        return True
+    return False
