@@ -146,3 +146,18 @@ def byte_level_tokenizer() -> Any:
     return MegatronTokenizer.from_pretrained(
         metadata_path={"library": "byte-level"}, vocab_size=256
     )
+
+
+def slice_for_context_parallel_rank(batch: dict[str, Any]) -> dict[str, Any]:
+    """Return this context-parallel rank's part of a batch: two chunks of `[b, s]`, `[b, s / cp]`.
+
+    `get_batch_on_this_cp_rank` has a further required argument from 0.17 on.
+    """
+    import inspect
+
+    from megatron.core.utils import get_batch_on_this_cp_rank
+
+    takes = inspect.signature(get_batch_on_this_cp_rank).parameters
+    hybrid = {"is_hybrid_cp": False} if "is_hybrid_cp" in takes else {}
+    sliced: dict[str, Any] = get_batch_on_this_cp_rank(batch, **hybrid)
+    return sliced

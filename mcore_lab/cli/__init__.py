@@ -14,6 +14,7 @@ from mcore_lab.errors import ConfigError, LabError, nearest
 COMMANDS = {
     "run": "train a recipe on this machine's ranks",
     "check": "say whether a recipe's layout fits a number of ranks",
+    "ranks": "show which rank is where, and what it holds",
     "recipes": "list the recipes",
     "doctor": "say what this machine has, what that allows, and what is missing",
 }

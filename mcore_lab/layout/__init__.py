@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from mcore_lab.layout.parallel import SHORT_NAMES, ParallelLayout
 from mcore_lab.layout.rules.report import BrokenRule
+from mcore_lab.layout.shares import RankShare, rank_shares
 
-__all__ = ["SHORT_NAMES", "BrokenRule", "ParallelLayout"]
+__all__ = ["SHORT_NAMES", "BrokenRule", "ParallelLayout", "RankShare", "rank_shares"]

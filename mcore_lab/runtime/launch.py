@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
+import gc
 import logging
 import multiprocessing
 import os
@@ -61,7 +62,12 @@ def launch(
     if method == "fork":
         cpu.preload()
         _end_openmp_threads()
-    with tempfile.TemporaryDirectory(prefix="mcore_lab-") as folder, _quiet(), _own_signals():
+    with (
+        tempfile.TemporaryDirectory(prefix="mcore_lab-") as folder,
+        _quiet(),
+        _own_signals(),
+        _frozen_garbage(),
+    ):
         all_started = multiprocessing.get_context(method).Barrier(nproc)
         ranks = elastic_launch(_config(nproc, method), _rank_main)
         try:
@@ -98,6 +104,19 @@ def _end_openmp_threads() -> None:
     with contextlib.suppress(OSError):
         for library in set(re.findall(r"/\S*libgomp\S*", Path("/proc/self/maps").read_text())):
             ctypes.CDLL(library).omp_pause_resource_all(_OMP_PAUSE_HARD)
+
+
+@contextlib.contextmanager
+def _frozen_garbage() -> Iterator[None]:
+    """Let a forked rank not collect what is garbage here.
+
+    It would run the destructors of an earlier launch's stores, whose threads are not in the rank.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextlib.contextmanager

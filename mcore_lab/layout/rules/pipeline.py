@@ -105,7 +105,7 @@ def stage_layout_fits(case: Case) -> Iterator[BrokenRule]:
     written = case.of_model(_STAGES)
     if not isinstance(written, (str, list, tuple)):
         return
-    layout, stages = case.layout, _stages(written)
+    layout, stages = case.layout, stages_of(written)
     if len(stages) != layout.pp * layout.vpp:
         yield BrokenRule(
             rule=f"{_STAGES} must have pp * vpp stages",
@@ -115,7 +115,7 @@ def stage_layout_fits(case: Case) -> Iterator[BrokenRule]:
                 f"{layout.pp * layout.vpp} stages",
             ),
         )
-    decoders = sum(map(_decoders, stages))
+    decoders = sum(map(decoder_layers, stages))
     if decoders != case.model.num_layers:
         yield BrokenRule(
             rule=f"{_STAGES} must have num_layers decoder layers",
@@ -167,7 +167,7 @@ _SPLIT_FIELDS = (_FIRST, _LAST, _EMBEDDING, _LOSS)
 _REPEAT = re.compile(r"(?:\(([^()]*)\)|([^()]))\*(\d+)")
 
 
-def _stages(written: str | Sequence[Sequence[Any]]) -> list[Sequence[Any]]:
+def stages_of(written: str | Sequence[Sequence[Any]]) -> list[Sequence[Any]]:
     """Return the stages of Megatron-Core's notation: `Et|(tt|)*2L` is Et, tt, tt, L."""
     if not isinstance(written, str):
         return list(written)
@@ -177,7 +177,7 @@ def _stages(written: str | Sequence[Sequence[Any]]) -> list[Sequence[Any]]:
     return list(text.split("|"))
 
 
-def _decoders(stage: Sequence[Any]) -> int:
+def decoder_layers(stage: Sequence[Any]) -> int:
     if isinstance(stage, str):
         return stage.count("t")
     names = [str(getattr(layer, "name", layer)) for layer in stage]

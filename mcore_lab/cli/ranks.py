@@ -1,0 +1,82 @@
+"""`mcore-lab ranks`: who is who, and what each rank holds."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from mcore_lab.cli.arguments import recipe_arguments
+from mcore_lab.cli.check import broken_rules
+from mcore_lab.cli.output import print_json, print_table
+from mcore_lab.errors import ConfigError, LayoutError
+from mcore_lab.layout import RankShare, rank_shares
+from mcore_lab.report import rank_map_svg
+from mcore_lab.report.rank_map import spans
+
+_WHAT = "Show which rank is where in each parallel dimension, what it holds, and the groups."
+
+_KINDS = ("tp", "cp", "pp", "dp", "dp-cp", "ep", "etp", "edp")
+_OF_EXPERTS = ("ep", "etp", "edp")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the map of ranks as a table, as JSON or, with `--svg FILE`, as a picture."""
+    words, picture = _without_svg(list(argv))
+    arguments, nproc = recipe_arguments("ranks", _WHAT, words)
+    recipe, layout = arguments.recipe, arguments.recipe.layout
+    if broken := layout.check(recipe.model, recipe.data, nproc):
+        raise LayoutError(broken_rules(recipe, nproc, broken))
+    shares = rank_shares(layout, recipe.model, recipe.data, nproc)
+    kinds = [kind for kind in _KINDS if recipe.model.num_moe_experts or kind not in _OF_EXPERTS]
+    groups = {kind: layout.groups(kind, nproc) for kind in kinds}
+    if picture:
+        _write(picture, rank_map_svg(f"{recipe.name} on {nproc} ranks", shares))
+    if arguments.json:
+        ranks = [asdict(share) for share in shares]
+        print_json({"recipe": recipe.name, "nproc": nproc, "ranks": ranks, "groups": groups})
+    else:
+        print_table(_columns(kinds), [_row(share, kinds) for share in shares])
+        print()
+        print_table(("groups", "ranks"), _group_rows(groups))
+        if picture:
+            print(f"\nwritten to {picture}", file=sys.stderr)
+    return 0
+
+
+def _without_svg(words: list[str]) -> tuple[list[str], Path | None]:
+    for place, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name == "--svg":
+            if not equals and place + 1 == len(words):
+                raise ConfigError("--svg expects a file")
+            file = value if equals else words[place + 1]
+            return words[:place] + words[place + (1 if equals else 2) :], Path(file)
+    return words, None
+
+
+def _write(file: Path, svg: str) -> None:
+    try:
+        file.write_text(svg, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--svg {file}: {error.strerror}") from None
+
+
+def _columns(kinds: Sequence[str]) -> tuple[str, ...]:
+    axes = [kind for kind in kinds if "-" not in kind]
+    held = ("layers", "tokens", "experts") if "ep" in kinds else ("layers", "tokens")
+    return ("rank", *axes, *held)
+
+
+def _row(share: RankShare, kinds: Sequence[str]) -> tuple[object, ...]:
+    axes = [getattr(share.coordinates, kind) for kind in kinds if "-" not in kind]
+    row = (share.rank, *axes, spans(share.layers), spans(share.sequence))
+    return (*row, spans([share.experts])) if share.experts else row
+
+
+def _group_rows(groups: dict[str, list[tuple[int, ...]]]) -> list[tuple[str, str]]:
+    return [
+        (kind, "  ".join(" ".join(map(str, ranks)) for ranks in members))
+        for kind, members in groups.items()
+    ]

@@ -1,0 +1,49 @@
+"""Runs of a small model on forked ranks, through the same door as the command line's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mcore_lab.config import Data, Model, Recipe, RunArguments, Training
+from mcore_lab.recipes.start import require_startable, run_rank
+from mcore_lab.runtime import choose_device, launch
+from mcore_lab.training import RunFolder
+
+SMALL = Recipe(
+    name="tp2_gpt",
+    model=Model(
+        num_layers=4,
+        hidden_size=32,
+        num_attention_heads=4,
+        vocab_size=128,
+        transformer={"hidden_dropout": 0.0, "attention_dropout": 0.0},
+    ),
+    data=Data(sequence_length=16, micro_batch_size=2, global_batch_size=8),
+    training=Training(steps=4, lr=1e-2),
+)
+
+
+def changed(recipe: Recipe, **parts: dict[str, Any]) -> Recipe:
+    """Return the recipe with other values: `changed(SMALL, training={"steps": 2})`."""
+    changes = {name: replace(getattr(recipe, name), **values) for name, values in parts.items()}
+    return replace(recipe, **changes)
+
+
+def run(
+    recipe: Recipe, nproc: int, folder: Path, *, fresh: bool = False, timeout: float = 60
+) -> list[dict[str, Any]]:
+    """Run the recipe and return the lines of its `metrics.jsonl`."""
+    arguments = RunArguments(recipe=recipe, run_dir=folder, fresh=fresh, json=True)
+    require_startable(arguments, nproc)
+    launch(run_rank, nproc, arguments, timeout=timeout, device=choose_device(nproc).type)
+    return RunFolder(folder).metrics()
+
+
+def losses(metrics: list[dict[str, Any]]) -> list[float]:
+    return [line["loss"] for line in metrics]
+
+
+def grad_norms(metrics: list[dict[str, Any]]) -> list[float]:
+    return [line["grad_norm"] for line in metrics]
