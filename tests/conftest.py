@@ -1,4 +1,4 @@
-"""Tests fork their ranks from this process: few threads, and no words on libraries not installed."""
+"""Tests fork their ranks from this process: few threads, no words on libraries not installed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 
 # Read when torch is first imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _OF_NO_USE = (
     r".*(Apex|Transformer Engine|transformer_engine|flash|grouped_gemm).*",

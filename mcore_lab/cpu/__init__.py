@@ -31,8 +31,8 @@ def enable() -> None:
 def preload() -> None:
     """Import Megatron-Core so that forked processes need not; changes nothing of torch.
 
-    Each of them calls `enable()` for itself, which takes milliseconds then. What the imports warn of
-    (optional libraries that are not there) is nothing that a person at a terminal can act on.
+    Each of them calls `enable()` for itself, which takes milliseconds then. What the imports warn
+    of (optional libraries that are not there) is nothing that a person at a terminal can act on.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

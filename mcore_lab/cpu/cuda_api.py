@@ -1,4 +1,4 @@
-"""`torch.cuda` and `torch.accelerator` as they look to a program, on a machine that computes on CPU.
+"""`torch.cuda` and `torch.accelerator` as a program sees them on a machine that computes on CPU.
 
 A CPU is a device whose work is done when the call returns: streams and events are in program order,
 synchronising is no work, and memory is the process's. Nothing here pretends to a result: what only
@@ -149,7 +149,7 @@ def install_cuda() -> None:
                 replace(module, name, value)
     torch.cuda._initialized = True
     replace(torch.cuda.nccl, "version", lambda: (0, 0, 0))
-    torch.cuda.default_generators = _EveryDevice((STREAM,))  # type: ignore[assignment]
+    torch.cuda.default_generators = _EveryDevice((STREAM,))
     for name in ("range_push", "range_pop", "mark"):
         setattr(torch.cuda.nvtx, name, _nothing)
     torch.cuda.nvtx.range = lambda *args, **kwargs: nullcontext()  # type: ignore[assignment]

@@ -62,23 +62,37 @@ def name_nccl_options() -> None:
     """`ProcessGroupNCCL.Options` is not there in a CPU build of torch."""
     stand_in = SimpleNamespace(Options=_NcclOptions)
     for module in (dist, dist.distributed_c10d):
-        module.ProcessGroupNCCL = stand_in
+        module.ProcessGroupNCCL = stand_in  # type: ignore[attr-defined]
 
 
 def flat_all_gather_into_tensor() -> None:
     """Gloo takes the concatenated output shape only; NCCL takes the stacked one as well."""
-    gather = dist.all_gather_into_tensor
+    _flatten("all_gather_into_tensor")
+    _flatten("all_gather_single")
 
-    @functools.wraps(gather)
-    def all_gather_into_tensor(
-        output_tensor: torch.Tensor, input_tensor: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
-        if output_tensor.is_contiguous() and input_tensor.is_contiguous():
-            output_tensor, input_tensor = output_tensor.view(-1), input_tensor.view(-1)
-        return gather(output_tensor, input_tensor, *args, **kwargs)
 
-    _replace("all_gather_into_tensor", all_gather_into_tensor)
-    _replace("_all_gather_base", all_gather_into_tensor)
+def flat_reduce_scatter_tensor() -> None:
+    """Gloo takes the concatenated input shape only; NCCL takes the stacked one as well."""
+    _flatten("reduce_scatter_tensor")
+    _flatten("reduce_scatter_single")
+
+
+def _flatten(name: str) -> None:
+    """Let the collective see its first two arguments, output and input, in one dimension."""
+    collective = getattr(dist, name, None)
+    if collective is None:  # torch 2.13 has two names for each
+        return
+    signature = inspect.signature(collective)
+    output, source = list(signature.parameters)[:2]
+
+    @functools.wraps(collective)
+    def flat_collective(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        if given[output].is_contiguous() and given[source].is_contiguous():
+            given |= {output: given[output].view(-1), source: given[source].view(-1)}
+        return collective(**given)
+
+    _replace(name, flat_collective)
 
 
 def uneven_all_gather() -> None:
@@ -120,8 +134,9 @@ class _Works:
         self._works = works
 
     def wait(self, *args: Any) -> bool:
-        return all([work.wait(*args) for work in self._works])
+        for work in self._works:
+            work.wait(*args)
+        return True
 
     def is_completed(self) -> bool:
         return all(work.is_completed() for work in self._works)
-

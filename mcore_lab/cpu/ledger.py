@@ -29,7 +29,7 @@ class Patch:
     apply: Callable[[], None]
     """Makes the change, once a process."""
     versions: str = ""
-    """The Megatron-Core versions it is for, as a version specifier; all that are supported if empty."""
+    """The Megatron-Core versions it is for, as a version specifier; all if empty."""
     torch_build: Literal["cpu", "cuda"] | None = None
     """The build of torch it is for; both if not set."""
 
@@ -46,12 +46,12 @@ class Patch:
 TORCH = (
     Patch(
         replaces="torch.cuda",
-        why="there is no CUDA device; device, stream, memory and random calls are answered for the CPU",
+        why="there is no CUDA device; what is asked of one is answered for the CPU",
         apply=cuda_api.install_cuda,
     ),
     Patch(
         replaces="torch.accelerator",
-        why="a CUDA build of torch without a GPU reaches for the driver once torch.cuda is available",
+        why="a CUDA build of torch reaches for the driver once torch.cuda is available",
         apply=cuda_api.install_accelerator,
     ),
     Patch(
@@ -65,7 +65,7 @@ TORCH = (
         apply=random_stream.restore_device_state_in_recomputation,
     ),
     Patch(
-        replaces="torch functions with device='cuda', .cuda(), .cpu(), .type(), pin_memory, dropout",
+        replaces="torch functions on 'cuda' or 0, .cuda(), .cpu(), .type(), pin_memory, dropout",
         why="tensors live on the CPU and draw from the device's random stream",
         apply=tensors.enter_mode_in_every_thread,
     ),
@@ -127,6 +127,11 @@ TORCH = (
         apply=gloo.flat_all_gather_into_tensor,
     ),
     Patch(
+        replaces="torch.distributed.reduce_scatter_tensor",
+        why="Gloo rejects a stacked input shape",
+        apply=gloo.flat_reduce_scatter_tensor,
+    ),
+    Patch(
         replaces="torch.distributed.all_gather",
         why="Gloo refuses uneven sizes, which expert tensor parallelism gathers",
         apply=gloo.uneven_all_gather,
@@ -145,6 +150,17 @@ MEGATRON = (
         apply=megatron_core.fork_draws_on_device,
     ),
     Patch(
+        replaces="megatron.core.tensor_parallel.random.CheckpointWithoutOutput.__init__",
+        why="recompute_modules such as layernorm ask Transformer Engine whether fp8 is on",
+        apply=megatron_core.recompute_without_fp8,
+    ),
+    Patch(
+        replaces="megatron.core.tensor_parallel.random._get_share_storage",
+        why="it compiles an extension of C++ in every rank",
+        apply=megatron_core.fill_recomputed_storages,
+        versions=">=0.17",
+    ),
+    Patch(
         replaces="megatron.core.utils.is_te_min_version",
         why="without Transformer Engine it compares None with a version and raises",
         apply=megatron_core.compare_missing_transformer_engine,
@@ -154,6 +170,12 @@ MEGATRON = (
         replaces="megatron.core.transformer.moe.moe_utils.te_general_gemm",
         why="an undefined name without Transformer Engine",
         apply=megatron_core.define_te_general_gemm,
+        versions="<0.17",
+    ),
+    Patch(
+        replaces="megatron.core.transformer.multi_latent_attention.HAVE_TE",
+        why="True without Transformer Engine: isinstance(x, TELinear) fails, TELinear being a mock",
+        apply=megatron_core.deny_transformer_engine_in_latent_attention,
         versions="<0.17",
     ),
     Patch(

@@ -31,6 +31,7 @@ _MODULES = (
     # Every optimizer imports it when it is made.
     "torch._dynamo",
 )
+_RANDOM = "megatron.core.tensor_parallel.random"
 _HELPERS = "megatron.core.datasets.helpers_cpp"
 _EXTENSION_SUFFIX = importlib.machinery.EXTENSION_SUFFIXES[0]
 
@@ -47,18 +48,18 @@ def import_without_torch_compile() -> None:
     def leave_as_it_is(model: Any = None, **kwargs: Any) -> Any:
         return functools.partial(leave_as_it_is, **kwargs) if model is None else model
 
-    torch.compile = leave_as_it_is  # type: ignore[assignment]
+    torch.compile = leave_as_it_is
     try:
         for name in _MODULES:
             importlib.import_module(name)
         importlib.import_module("megatron.core.jit").disable_jit_fuser()
     finally:
-        torch.compile = compile_  # type: ignore[assignment]
+        torch.compile = compile_
 
 
 def fork_draws_on_device() -> None:
     """What is drawn inside `get_cuda_rng_tracker().fork()` comes from the device's stream."""
-    tracker = importlib.import_module("megatron.core.tensor_parallel.random").CudaRNGStatesTracker
+    tracker = importlib.import_module(_RANDOM).CudaRNGStatesTracker
     fork = tracker.fork
 
     @contextlib.contextmanager
@@ -67,6 +68,32 @@ def fork_draws_on_device() -> None:
             yield
 
     tracker.fork = fork_on_device
+
+
+def recompute_without_fp8() -> None:
+    """`CheckpointWithoutOutput()` takes its default, `fp8=False`, for a wish, and asks for TE."""
+    checkpoint = importlib.import_module(_RANDOM).CheckpointWithoutOutput
+    init = checkpoint.__init__
+
+    @functools.wraps(init)
+    def init_without_fp8(self: Any, fp8: object = None) -> None:
+        init(self, fp8=None)
+
+    checkpoint.__init__ = init_without_fp8
+
+
+def fill_recomputed_storages() -> None:
+    """Recomputed outputs are put back with an extension that each rank would compile.
+
+    Copying their bytes does the same, and is what Megatron-Core 0.16 does.
+    """
+
+    def fill(output: torch.Tensor, recomputed: torch.Tensor) -> None:
+        source = recomputed.untyped_storage()
+        output.untyped_storage().resize_(source.size())
+        output.untyped_storage().copy_(source)
+
+    replace(importlib.import_module(_RANDOM), "_get_share_storage", lambda: fill)
 
 
 def compare_missing_transformer_engine() -> None:
@@ -83,9 +110,15 @@ def compare_missing_transformer_engine() -> None:
 
 def define_te_general_gemm() -> None:
     """`moe_utils` asks whether `te_general_gemm is None` without having defined it."""
-    moe_utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    moe_utils: Any = importlib.import_module("megatron.core.transformer.moe.moe_utils")
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+
+
+def deny_transformer_engine_in_latent_attention() -> None:
+    """`multi_latent_attention` takes the mock of a missing `TELinear` for the real one."""
+    attention: Any = importlib.import_module("megatron.core.transformer.multi_latent_attention")
+    attention.HAVE_TE = isinstance(attention.TELinear, type)
 
 
 def numpy_from_cpu_tensors() -> None:
@@ -105,8 +138,8 @@ def numpy_from_cpu_tensors() -> None:
 def use_compiled_helpers() -> None:
     """`compile_helpers()` runs make in a folder whose Makefile is not in the wheel; the helper is.
 
-    A script that runs from a source checkout gets the installed wheel's helper too: make would build
-    one for whichever Python comes first on the path.
+    A script that runs from a source checkout gets the installed wheel's helper too: make would
+    build one for whichever Python comes first on the path.
     """
     utils = importlib.import_module("megatron.core.datasets.utils")
     compile_with_make = utils.compile_helpers

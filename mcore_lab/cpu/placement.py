@@ -1,4 +1,4 @@
-"""Where torch takes a device outside of tensor operations: modules, storages, generators, autocast."""
+"""Where torch takes a device outside of tensor operations: modules, storages, generators, …"""
 
 from __future__ import annotations
 

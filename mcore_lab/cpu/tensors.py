@@ -81,7 +81,15 @@ def _stay(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     return tensor
 
 
+def _device(*args: Any, **kwargs: Any) -> torch.device:
+    """`torch.device(0)` is a device of the accelerator, which a CPU build of torch lacks."""
+    if args and isinstance(args[0], int):
+        args = ("cuda", *args)
+    return torch.device(*args, **kwargs)
+
+
 _METHODS: dict[Any, Callable[..., Any]] = {
+    torch.device: _device,
     torch.Tensor.to: _to,
     torch.Tensor.type: _type,
     torch.Tensor.cpu: torch.Tensor.clone,
@@ -157,7 +165,7 @@ def record_no_streams() -> None:
     def record_stream(self: torch.Tensor, stream: object) -> None:
         """A CPU's stream has no work left."""
 
-    torch.Tensor.record_stream = record_stream  # type: ignore[method-assign]
+    torch.Tensor.record_stream = record_stream  # type: ignore[assignment,method-assign]
 
 
 def alias_cuda_types() -> None:

@@ -38,6 +38,7 @@ T = TypeVar("T")
 _LOST_PEER_SECONDS = 3.0
 _START_SECONDS = 120.0
 _OMP_PAUSE_HARD = 2
+_PR_SET_PDEATHSIG = 1
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _TALKATIVE = ("torch.distributed.elastic", "torch.multiprocessing.spawn")
 
@@ -167,6 +168,9 @@ def _rank_main(
     # A rank that is told to end has nothing to save, and in a wait of C++ would not hear of it.
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_DFL)
+    # 0.16 writes checkpoints in processes that the rank forks, which would wait for it for ever.
+    _end_with_parent()
+    os.register_at_fork(after_in_child=_end_with_parent)
     # The launching process serves the store from a thread that takes glibc's resolver lock for each
     # rank that connects. A rank forked in that moment would find the lock taken for good.
     all_started.wait(_START_SECONDS)
@@ -188,6 +192,12 @@ def _rank_main(
             raise
         finally:
             faulthandler.cancel_dump_traceback_later()
+
+
+def _end_with_parent() -> None:
+    """Have the kernel end this process when the one that started it ends, however it ends."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _leave_failure(folder: Path, rank: int, error: BaseException) -> None:

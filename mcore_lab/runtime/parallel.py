@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ import torch.distributed as dist
 from mcore_lab import cpu
 from mcore_lab.layout import ParallelLayout
 from mcore_lab.runtime.device import Device, choose_device, threads_per_rank
+
+_joined = itertools.count()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +57,7 @@ def process_group(*, device: str = "auto", timeout_minutes: float = 10) -> Itera
         cpu.enable()
     else:
         torch.cuda.set_device(world.local_rank)
-    dist.init_process_group(world.device.communication, timeout=timedelta(minutes=timeout_minutes))
+    _join(world, timedelta(minutes=timeout_minutes))
     try:
         yield world
     except BaseException:
@@ -72,17 +75,31 @@ def model_parallel(
 ) -> Iterator[World]:
     """Join the process group and build the layout's groups in it, seeded as Megatron-Core does.
 
-    Raises LayoutError where the world size does not fit the layout.
+    Raises LayoutError where the world size does not fit the layout, before anyone is joined.
     """
+    _describe_one_rank_if_alone()
+    world_size = int(os.environ["WORLD_SIZE"])
+    layout.data_parallel_size(world_size)
+    layout.expert_data_parallel_size(world_size)
     with process_group(device=device) as world:
         from megatron.core import parallel_state, tensor_parallel
 
-        layout.data_parallel_size(world.size)
-        layout.expert_data_parallel_size(world.size)
         parallel_state.initialize_model_parallel(**layout.model_parallel_sizes())
         torch.manual_seed(seed)
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
         yield world
+
+
+def _join(world: World, timeout: timedelta) -> None:
+    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    # torchrun's store outlives a group, and the next one would find the addresses of the last.
+    dist.init_process_group(
+        world.device.communication,
+        store=dist.PrefixStore(f"process_group-{next(_joined)}", store),
+        rank=rank,
+        world_size=size,
+        timeout=timeout,
+    )
 
 
 def _leave() -> None:

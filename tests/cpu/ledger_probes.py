@@ -136,10 +136,15 @@ def _nccl_options() -> bool:
     return not hasattr(dist, "ProcessGroupNCCL")
 
 
-def _stacked() -> bool:
+def _stacked_output() -> bool:
     dist.init_process_group("gloo")
     output = torch.empty(2, 3)
     return _raises(lambda: dist.all_gather_into_tensor(output, torch.ones(3)))
+
+
+def _stacked_input() -> bool:
+    dist.init_process_group("gloo")
+    return _raises(lambda: dist.reduce_scatter_tensor(torch.empty(3), torch.ones(2, 3)))
 
 
 def _uneven() -> bool:
@@ -165,6 +170,16 @@ def _tracker_fork() -> bool:
     return torch.equal(torch.rand(3), drawn)
 
 
+def _recomputation_asks_for_fp8() -> bool:
+    random = importlib.import_module("megatron.core.tensor_parallel.random")
+    return random.CheckpointWithoutOutput().fp8 is True
+
+
+def _recomputation_compiles() -> bool:
+    random = importlib.import_module("megatron.core.tensor_parallel.random")
+    return hasattr(random, "_get_share_storage")
+
+
 def _te_version() -> bool:
     utils = importlib.import_module("megatron.core.utils")
     return _raises(lambda: utils.is_te_min_version("1.0.0"))
@@ -173,6 +188,11 @@ def _te_version() -> bool:
 def _te_general_gemm() -> bool:
     moe_utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
     return not hasattr(moe_utils, "te_general_gemm")
+
+
+def _te_in_latent_attention() -> bool:
+    mla = importlib.import_module("megatron.core.transformer.multi_latent_attention")
+    return mla.HAVE_TE and not isinstance(mla.TELinear, type)
 
 
 def _numpy() -> bool:
@@ -194,7 +214,7 @@ PROBES: dict[str, Callable[[], bool]] = {
     "torch.accelerator": _accelerator,
     "torch.get_rng_state, torch.set_rng_state": _cpu_state_while_the_device_draws,
     "torch.utils.checkpoint.get_device_states": _states_that_recomputation_keeps,
-    "torch functions with device='cuda', .cuda(), .cpu(), .type(), pin_memory, dropout": (
+    "torch functions on 'cuda' or 0, .cuda(), .cpu(), .type(), pin_memory, dropout": (
         _tensors_on_cuda
     ),
     "torch.autograd.graph._engine_run_backward": _mode_in_backward,
@@ -207,12 +227,18 @@ PROBES: dict[str, Callable[[], bool]] = {
     "torch.autocast, is_autocast_enabled, get_autocast_dtype": _autocast,
     "torch.distributed.init_process_group, new_group": _nccl,
     "torch.distributed.ProcessGroupNCCL": _nccl_options,
-    "torch.distributed.all_gather_into_tensor": _on_two_ranks(_stacked),
+    "torch.distributed.all_gather_into_tensor": _on_two_ranks(_stacked_output),
+    "torch.distributed.reduce_scatter_tensor": _on_two_ranks(_stacked_input),
     "torch.distributed.all_gather": _on_two_ranks(_uneven),
     "megatron.core.jit.jit_fuser": _jit_fuser,
     "megatron.core.tensor_parallel.random.CudaRNGStatesTracker.fork": _tracker_fork,
+    "megatron.core.tensor_parallel.random.CheckpointWithoutOutput.__init__": (
+        _recomputation_asks_for_fp8
+    ),
+    "megatron.core.tensor_parallel.random._get_share_storage": _recomputation_compiles,
     "megatron.core.utils.is_te_min_version": _te_version,
     "megatron.core.transformer.moe.moe_utils.te_general_gemm": _te_general_gemm,
+    "megatron.core.transformer.multi_latent_attention.HAVE_TE": _te_in_latent_attention,
     "megatron.core.transformer.moe.moe_utils.maybe_move_tensor_to_cpu": _numpy,
     "megatron.core.datasets.utils.compile_helpers": _helpers,
 }

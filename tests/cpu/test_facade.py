@@ -53,8 +53,9 @@ def test_every_way_to_ask_for_a_cuda_tensor_gives_one_on_the_cpu() -> None:
         ]
         assert {tensor.device for tensor in made} == {CPU}
     assert x.to("cuda", torch.bfloat16).dtype is torch.bfloat16
-    with torch.device("cuda"):
-        assert torch.ones(2).device == CPU
+    for device in ("cuda", 0):
+        with torch.device(device):
+            assert torch.ones(2).device == CPU
 
 
 @on_ranks(1)
@@ -166,7 +167,12 @@ def test_pinned_memory_is_plain_memory() -> None:
 def test_a_data_loader_with_pinned_memory_gives_every_sample_once(workers: int) -> None:
     data = TensorDataset(torch.arange(8))
     loader = DataLoader(data, batch_size=2, pin_memory=True, num_workers=workers)
-    assert [x.cuda(non_blocking=True).tolist() for (x,) in loader] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert [x.cuda(non_blocking=True).tolist() for (x,) in loader] == [
+        [0, 1],
+        [2, 3],
+        [4, 5],
+        [6, 7],
+    ]
 
 
 @on_ranks(1)

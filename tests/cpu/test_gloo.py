@@ -91,9 +91,7 @@ def test_megatrons_mappings_gather_and_scatter_uneven_sequences() -> None:
     group = dist.group.WORLD
     rows = [r + 1 for r in range(size)]
     x = _rows(rank).requires_grad_()
-    whole = mappings.gather_from_sequence_parallel_region(
-        x, group=group, output_split_sizes=rows
-    )
+    whole = mappings.gather_from_sequence_parallel_region(x, group=group, output_split_sizes=rows)
     assert torch.equal(whole, torch.cat([_rows(r) for r in range(size)]))
     whole.sum().backward()
     assert x.grad is not None

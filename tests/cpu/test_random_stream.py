@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ SEED = 1234
 
 def _tracker(tensor_parallel: int = 1) -> object:
     """Start Megatron-Core's model parallelism and return its seeded random tracker."""
-    from megatron.core import parallel_state, tensor_parallel as tp
+    from megatron.core import parallel_state
+    from megatron.core import tensor_parallel as tp
 
     dist.init_process_group("nccl")
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_parallel)
@@ -196,6 +198,36 @@ def test_recomputed_dropout_gives_bitwise_the_same_gradients(
     gradient = _gradient_after_other_draws(recomputed)
     assert torch.equal(gradient, _gradient_after_other_draws(stored))
     assert 0 < (gradient == 0).sum() < gradient.numel()
+
+
+def _layer_gradients(**recompute: Any) -> list[torch.Tensor]:
+    from megatron.core import tensor_parallel as tp
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer import TransformerConfig, build_module
+
+    config = TransformerConfig(
+        num_layers=1, hidden_size=16, num_attention_heads=2, hidden_dropout=0.5, **recompute
+    )
+    torch.manual_seed(SEED)
+    tp.model_parallel_cuda_manual_seed(SEED)
+    layer = build_module(get_gpt_layer_local_spec(), config=config)
+    x = torch.randn(8, 2, 16, device="cuda", requires_grad=True)
+    mask = torch.ones(2, 1, 8, 8, dtype=torch.bool).triu(1)
+    output, _ = layer(hidden_states=x, attention_mask=mask)
+    output.square().sum().backward()
+    gradients = [x.grad, *(parameter.grad for parameter in layer.parameters())]
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+@on_ranks(1)
+def test_recomputed_norms_give_bitwise_the_same_gradients() -> None:
+    _tracker()
+    stored = _layer_gradients()
+    recomputed = _layer_gradients(
+        recompute_granularity="selective", recompute_modules=["layernorm"]
+    )
+    assert len(stored) == len(recomputed) > 8
+    assert all(map(torch.equal, stored, recomputed))
 
 
 @on_ranks(2)
