@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import ast
 import functools
+import importlib.metadata
 import importlib.util
 import textwrap
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+
+from packaging.version import Version
 
 ACTIVATIONS = ("gelu", "silu", "relu", "quick_gelu", "squared_relu")
 """Names that stand for a function in `TransformerConfig.activation_func`."""
@@ -140,11 +144,14 @@ def null_tokenizer(vocab_size: int) -> Any:
 
 
 def byte_level_tokenizer() -> Any:
-    """Return Megatron-Core's byte-level tokenizer: a token a byte of UTF-8, 0 ends a document."""
+    """Return Megatron-Core's byte-level tokenizer: a token a byte of UTF-8, 0 ends a document.
+
+    No byte is padding: by its default 1 is, which datasets leave out of the loss.
+    """
     from megatron.core.tokenizers import MegatronTokenizer
 
     return MegatronTokenizer.from_pretrained(
-        metadata_path={"library": "byte-level"}, vocab_size=256
+        metadata_path={"library": "byte-level"}, vocab_size=256, _pad_id=-1
     )
 
 
@@ -161,3 +168,30 @@ def slice_for_context_parallel_rank(batch: dict[str, Any]) -> dict[str, Any]:
     hybrid = {"is_hybrid_cp": False} if "is_hybrid_cp" in takes else {}
     sliced: dict[str, Any] = get_batch_on_this_cp_rank(batch, **hybrid)
     return sliced
+
+
+def router_coefficients(fields: Mapping[str, Any], micro_batch_size: int) -> dict[str, Any]:
+    """Return the `TransformerConfig` coefficients that give the router's losses their whole weight.
+
+    Before 0.19, under `calculate_per_token_loss`, their gradients are divided by the number of
+    tensor- and context-parallel ranks (Megatron-LM #5047), and those of `seq_aux_loss` by the
+    samples of a micro-batch too. What Megatron-Core logs of these losses is without coefficients.
+    """
+    is_right = Version(importlib.metadata.version("megatron-core")) >= Version("0.19")
+    if is_right or not fields.get("calculate_per_token_loss"):
+        return {}
+    ranks = fields["tensor_model_parallel_size"] * fields["context_parallel_size"]
+
+    def whole(kind: str, coefficient: float) -> float:
+        return coefficient * ranks * (micro_batch_size if kind == "seq_aux_loss" else 1)
+
+    found: dict[str, Any] = {}
+    if z_loss := fields.get("moe_z_loss_coeff"):
+        found["moe_z_loss_coeff"] = whole("z_loss", z_loss)
+    kinds = fields.get("moe_router_load_balancing_type", "aux_loss")
+    match kinds, fields.get("moe_aux_loss_coeff"):
+        case str(kind), float(balance):
+            found["moe_aux_loss_coeff"] = whole(kind, balance)
+        case [*each], [*balances] if len(each) == len(balances):
+            found["moe_aux_loss_coeff"] = list(map(whole, each, balances))
+    return found

@@ -17,6 +17,7 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
+from mcore_lab.compat import router_coefficients
 from mcore_lab.config import Recipe
 from mcore_lab.errors import ConfigError
 from mcore_lab.layout import ParallelLayout
@@ -72,6 +73,7 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
     fields |= {name: getattr(model, name) for name in _DIMENSIONS}
     fields |= recipe.layout.transformer_fields()
     fields |= {name: _value(name, value) for name, value in model.transformer.items()}
+    fields |= router_coefficients(fields, recipe.data.micro_batch_size)
     kind = MLATransformerConfig if fields.get("multi_latent_attention") else TransformerConfig
     known = {field.name for field in dataclasses.fields(kind)}
     # A field that only the other Megatron-Core version has, and that is not set, is left out.

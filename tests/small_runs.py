@@ -32,7 +32,7 @@ def changed(recipe: Recipe, **parts: dict[str, Any]) -> Recipe:
 
 
 def run(
-    recipe: Recipe, nproc: int, folder: Path, *, fresh: bool = False, timeout: float = 60
+    recipe: Recipe, nproc: int, folder: Path, *, fresh: bool = False, timeout: float = 120
 ) -> list[dict[str, Any]]:
     """Run the recipe and return the lines of its `metrics.jsonl`."""
     arguments = RunArguments(recipe=recipe, run_dir=folder, fresh=fresh, json=True)

@@ -11,6 +11,9 @@ from torch.distributed.checkpoint import CheckpointException
 from mcore_lab.errors import CheckpointError, LabError
 from mcore_lab.runtime.together import lost_a_peer
 
+_WRITER = "inline_container.cc"
+"""Of torch.save, which says where in the file it was but not what the system said."""
+
 
 @contextmanager
 def failures_explained(verb: str, path: Path) -> Iterator[None]:
@@ -26,8 +29,14 @@ def failures_explained(verb: str, path: Path) -> Iterator[None]:
     except (Exception, CheckpointException) as error:
         if lost_a_peer(error):
             raise
-        reason = str(_cause(error)).strip().partition("\n")[0] or type(error).__name__
-        raise CheckpointError(f"cannot {verb} the checkpoint {path}: {reason}") from error
+        raise CheckpointError(f"cannot {verb} the checkpoint {path}: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    reason = str(_cause(error)).strip().partition("\n")[0] or type(error).__name__
+    if _WRITER in reason and "unexpected pos" in reason:
+        return "less was written than was to be: a full disk, or a limit on the size of files"
+    return reason
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -14,6 +14,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from mcore_lab.checkpoint import adam
 from mcore_lab.checkpoint.failures import failures_explained
 from mcore_lab.checkpoint.state import (
     content_metadata,
@@ -29,7 +30,7 @@ Shape = tuple[int, ...]
 _SHOWN = 3
 _OPTIMIZER = "optimizer."
 _SHARDING = "distrib_optim_sharding_type"
-_OF_THE_RECIPE = ("betas", "eps", "max_lr", "min_lr")
+_OF_THE_RECIPE = ("betas", "eps", "max_lr", "min_lr", "start_wd", "end_wd")
 
 
 def load_weights(
@@ -62,6 +63,7 @@ def load_checkpoint(
     if step == 0:
         load_weights(path, chunks, optimizer)
         return 0
+    adam.give_state(optimizer)
     state = _read(path, full_state(chunks, optimizer, scheduler, step, is_loading=True))
     _put_weights(chunks, state)
     _put_optimizer(optimizer, state["optimizer"])
@@ -80,9 +82,22 @@ def _put_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
         {name: group[name] for name in _OF_THE_RECIPE if name in group}
         for group in optimizer.param_groups
     ]
-    optimizer.load_state_dict(state)
+    # From 0.17 on Megatron-Core finds a group's state by these values: to be found it has to have
+    # the checkpoint's, which are the same for all groups.
+    there = next(_saved_groups(state), {})
+    for group in optimizer.param_groups:
+        group.update({name: there[name] for name in _OF_THE_RECIPE if name in there})
+    adam.load_state(optimizer, state)
     for group, values in zip(optimizer.param_groups, own, strict=True):
         group.update(values)
+
+
+def _saved_groups(state: dict[Any, Any]) -> Iterator[dict[str, Any]]:
+    for key, value in state.items():
+        if key == "param_groups":
+            yield from value
+        elif isinstance(value, dict):
+            yield from _saved_groups(value)
 
 
 def _read(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from mcore_lab.layout import ParallelLayout
 
-PositionEmbedding = Literal["learned_absolute", "rope", "yarn", "none"]
+PositionEmbedding = Literal["learned_absolute", "rope", "none"]
 DecayStyle = Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"]
 
 
@@ -69,7 +69,8 @@ class Data:
     """What it is trained on. Samples are drawn by global index, the same for every layout."""
 
     path: str | None = None
-    """A UTF-8 text file, or a folder of them; Megatron-Core's mock data if not set."""
+    """A UTF-8 text file, or a folder of them, of which hidden files, installed packages and run
+    folders are left out; Megatron-Core's mock data if not set."""
     sequence_length: int = 64
     """Tokens in a sample."""
     micro_batch_size: int = 4
@@ -91,7 +92,7 @@ class Training:
     """How it is trained: steps, Adam and its schedule."""
 
     steps: int = 20
-    """Optimizer steps in all."""
+    """Optimizer steps in all; with 0 the initial weights are written as a checkpoint."""
     seed: int = 1234
     """Seed of the initial weights, of dropout and of the order of the data."""
     lr: float = 1e-3

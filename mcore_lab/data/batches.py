@@ -10,10 +10,11 @@ import torch
 from megatron.core import parallel_state
 from torch.utils.data import Dataset, default_collate
 
+from mcore_lab.compat import slice_for_context_parallel_rank
 from mcore_lab.config import Recipe
 
 Batch = dict[str, torch.Tensor]
-"""`tokens`, `labels`, `loss_mask`, `position_ids`, each `[micro batch, sequence]`."""
+"""`tokens`, `labels`, `loss_mask`, `position_ids`, each `[b, s]`, or `[b, s / cp]`."""
 
 
 class GlobalBatches:
@@ -22,7 +23,8 @@ class GlobalBatches:
     Sample n of the run is entry n of an endless sequence: the dataset in a new order each epoch,
     decided by the seed alone. Step k takes `global_batch_size` samples from `k * global_batch_size`
     on, whatever the layout and however many steps the run has. With `num_samples` the sequence ends
-    there, and batches are filled up with samples whose loss is masked.
+    there, and batches are filled up with samples whose loss is masked. Under context parallelism a
+    rank has two chunks of each sample, one from either end.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class GlobalBatches:
         data_parallel_size: int,
         seed: int,
         num_samples: int | None = None,
+        context_parallel_size: int = 1,
     ) -> None:
         self._dataset = dataset
         self._length = len(dataset)  # type: ignore[arg-type]
@@ -42,6 +45,7 @@ class GlobalBatches:
         self._global_batch_size = global_batch_size
         self._rank, self._ranks = data_parallel_rank, data_parallel_size
         self._seed, self._num_samples = seed, num_samples
+        self._context_parallel_size = context_parallel_size
         self._epoch_order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
     @property
@@ -70,6 +74,8 @@ class GlobalBatches:
     def _collate(self, indices: list[int | None]) -> Batch:
         # Megatron-Core's datasets return a sample with an empty loss mask for None.
         batch = default_collate([self._dataset[index] for index in indices])
+        if self._context_parallel_size > 1:
+            batch = slice_for_context_parallel_rank(batch)
         return {name: value.cuda(non_blocking=True) for name, value in batch.items()}
 
 
@@ -102,4 +108,5 @@ def _batches(
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
         seed=recipe.training.seed,
         num_samples=num_samples,
+        context_parallel_size=parallel_state.get_context_parallel_world_size(),
     )

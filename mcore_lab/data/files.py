@@ -19,10 +19,10 @@ def text_files(path: Path) -> list[Path]:
 
     Of a folder, what somebody wrote there: no hidden files and folders, no installed packages
     (virtual environments under any name, `node_modules`, `site-packages`), no run folders.
-    Raises DataError where there is no such file or folder, or no text in the folder.
+    Raises DataError where there is no such file or folder, or no text in it.
     """
     if path.is_file():
-        return [path]
+        return _not_all_empty(path, [path])
     if not path.is_dir():
         raise DataError(f"there is no file or folder of text at {path}; --data.path names another")
     files = sorted(file for file in _walk(path) if file.suffix in _TEXT_SUFFIXES)
@@ -32,6 +32,12 @@ def text_files(path: Path) -> list[Path]:
             f"there is no text file in {where} (looked for {', '.join(sorted(_TEXT_SUFFIXES))}); "
             "--data.path names another folder, or a file of any ending"
         )
+    return _not_all_empty(path, files)
+
+
+def _not_all_empty(path: Path, files: list[Path]) -> list[Path]:
+    if not any(file.stat().st_size for file in files):
+        raise DataError(f"there is no text in {path}: it is empty")
     return files
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
 from megatron.core.datasets.indexed_dataset import (
     DType,
     IndexedDatasetBuilder,
@@ -91,7 +91,7 @@ def _write(files: list[Path], prefix: str, tokenizer: MegatronTokenizerBase) -> 
     for file in files:
         for document in _documents(file, size):
             ids = [*tokenizer.tokenize(document), tokenizer.eod]
-            builder.add_document(torch.tensor(ids), [len(ids)])
+            builder.add_document(np.array(ids), [len(ids)])
     builder.finalize(get_idx_path(prefix))
 
 

@@ -8,6 +8,8 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mcore_lab.data.batches import Batch
 
@@ -23,7 +25,14 @@ def forward_step(
     activations before it, and the loss function that the last stage calls with it.
     """
     batch = next(data_iterator)
-    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    output = model(
+        batch["tokens"],
+        batch["position_ids"],
+        None,
+        labels=batch["labels"],
+        # For multi-token prediction, whose loss the model takes care of itself.
+        loss_mask=batch["loss_mask"],
+    )
     return output, partial(token_loss, batch["loss_mask"])
 
 
@@ -51,3 +60,21 @@ def mean_loss(reports: list[dict[str, torch.Tensor]]) -> float:
         total += torch.stack([report["lm loss"] for report in reports]).sum(dim=0)
     dist.all_reduce(total)
     return (total[0] / total[1].clamp(min=1)).item()
+
+
+def mean_mtp_loss(config: TransformerConfig, num_microbatches: int) -> float | None:
+    """Return the mean loss of one step's multi-token prediction, in nats; None without it.
+
+    As Megatron-Core measures it: of its layers, and of the means of all micro-batches. The same on
+    every rank.
+    """
+    if not config.mtp_num_layers:
+        return None
+    losses: dict[str, torch.Tensor] = {}
+    MTPLossLoggingHelper.track_mtp_metrics(1 / num_microbatches, 0, None, total_loss_dict=losses)
+    mean = torch.zeros((), device=torch.cuda.current_device())
+    if losses:
+        mean = torch.stack(list(losses.values())).mean()
+    # Only the last pipeline stage has any.
+    dist.all_reduce(mean, op=dist.ReduceOp.MAX)
+    return mean.item()

@@ -26,6 +26,8 @@ class StepMetrics:
     """Tokens of the global batch by wall time."""
     peak_memory_bytes: int
     """Most memory so far: of tensors on a GPU, of rank 0's process on CPU."""
+    mtp_loss: float | None = None
+    """Mean over the multi-token prediction layers of their losses, in nats; None without any."""
 
 
 def peak_memory_bytes(device_type: str) -> int:

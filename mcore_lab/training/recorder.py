@@ -58,7 +58,15 @@ class Recorder:
         self._console.say(f"device {device.type} with {device.communication}: {device.reason}")
         self._console.say(f"backend {backend.name}: {backend.reason}")
 
-    def step(self, step: int, loss: float, grad_norm: float, lr: float, seconds: float) -> None:
+    def step(
+        self,
+        step: int,
+        loss: float,
+        grad_norm: float,
+        lr: float,
+        seconds: float,
+        mtp_loss: float | None = None,
+    ) -> None:
         """Record a step. Raises RankFailedError, on every rank, if its loss is not finite."""
         self._steps = step
         self._last = StepMetrics(
@@ -69,6 +77,7 @@ class Recorder:
             step_seconds=seconds,
             tokens_per_second=self._tokens / seconds,
             peak_memory_bytes=peak_memory_bytes(self._world.device.type),
+            mtp_loss=mtp_loss,
         )
         if self._world.is_first:
             self.folder.record(self._last)
