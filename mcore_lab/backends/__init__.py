@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from mcore_lab.errors import BackendError
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-__all__ = ["Backend", "choose_backend", "decoder_block_spec"]
+__all__ = ["Backend", "choose_backend", "decoder_block_spec", "mtp_block_spec"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,13 +53,38 @@ def decoder_block_spec(
     """Return Megatron-Core's spec of this pipeline stage's layers, in the backend's modules."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
+    with _modules_of(backend):
+        return get_gpt_decoder_block_spec(
+            config, **_layer_arguments(config, backend), vp_stage=vp_stage
+        )
+
+
+def mtp_block_spec(config: TransformerConfig, backend: Backend, vp_stage: int | None = None) -> Any:
+    """Return the spec of this pipeline stage's multi-token prediction; None where it has none.
+
+    Each of its layers is built as the decoder's last one is, on whichever stage that may be.
+    """
+    from megatron.core.models.gpt import gpt_layer_specs
+
+    if not config.mtp_num_layers:
+        return None
+    arguments = _layer_arguments(config, backend)
+    with _modules_of(backend):
+        last = gpt_layer_specs.get_gpt_decoder_layer_specs(config, **arguments)[-1]
+        return gpt_layer_specs.get_gpt_mtp_block_spec(
+            config, last, arguments["use_transformer_engine"], vp_stage=vp_stage
+        )
+
+
+def _layer_arguments(config: TransformerConfig, backend: Backend) -> dict[str, Any]:
+    return {
+        "use_transformer_engine": backend.name == "te",
+        "normalization": config.normalization,
+        "qk_l2_norm": getattr(config, "qk_l2_norm", False),
+    }
+
+
+def _modules_of(backend: Backend) -> AbstractContextManager[None]:
     from mcore_lab.backends.torch_backend import in_place_of_local
 
-    with nullcontext() if backend.name == "te" else in_place_of_local():
-        return get_gpt_decoder_block_spec(
-            config,
-            use_transformer_engine=backend.name == "te",
-            normalization=config.normalization,
-            qk_l2_norm=getattr(config, "qk_l2_norm", False),
-            vp_stage=vp_stage,
-        )
+    return nullcontext() if backend.name == "te" else in_place_of_local()

@@ -21,26 +21,18 @@ class AllGather:
 
     def forward(self, attention: ForwardPass, key: Tensor, value: Tensor) -> None:
         """Show all ranks' keys and values, in the order of the ranks, to this rank's queries."""
-        attention.see(self._gather(key), self._gather(value), self._tiles(len(key)))
+        attention.see(self._gather(key), self._gather(value), self._tiles())
 
     def backward(
         self, attention: BackwardPass, key: Tensor, value: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Show them again; return the sum of all ranks' gradients for this rank's."""
-        grad_key, grad_value = attention.see(
-            self._gather(key), self._gather(value), self._tiles(len(key))
-        )
+        grad_key, grad_value = attention.see(self._gather(key), self._gather(value), self._tiles())
         return self._reduce_scatter(grad_key), self._reduce_scatter(grad_value)
 
-    def _tiles(self, tokens: int) -> list[Tile]:
-        rank, size = self._group.rank(), self._group.size()
-        return [
-            tile.with_keys_at(source * tokens)
-            for source in range(size)
-            for tile in self._documents.tiles(
-                rank=rank, source=source, size=size, causal=self._causal
-            )
-        ]
+    def _tiles(self) -> list[Tile]:
+        everyone = range(self._group.size())
+        return self._documents.tiles([self._group.rank()], everyone, causal=self._causal)
 
     def _gather(self, local: Tensor) -> Tensor:
         gathered = local.new_empty(self._group.size() * len(local), *local.shape[1:])

@@ -1,4 +1,7 @@
-"""`a2a`: ranks trade tokens for heads, attend, and trade back (DeepSpeed-Ulysses, arXiv:2309.14509)."""
+"""`a2a`: ranks trade tokens for heads, attend, and trade back.
+
+DeepSpeed-Ulysses, arXiv:2309.14509.
+"""
 
 from __future__ import annotations
 
@@ -28,58 +31,56 @@ def check_heads(heads: int, query_groups: int, size: int) -> None:
     )
 
 
-def scatter_heads(x: Tensor, group: dist.ProcessGroup, order: Tensor) -> Tensor:
-    """Trade tokens for heads: `[s, b, n, d]` to `[s * size, b, n / size, d]`, the sequence in order.
+def scatter_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Trade tokens for heads: `[s, b, n, d]` to `[s * size, b, n / size, d]`, rank by rank.
 
-    `order` is `sequence_order` of the ranks. Heads that are fewer than ranks are repeated, so that
-    the heads of a query group find their keys on their own rank.
+    Heads that are fewer than ranks are repeated, so that the heads of a query group find their keys
+    on their own rank.
     """
     if x.size(2) < group.size():
         x = x.repeat_interleave(group.size() // x.size(2), dim=2)
-    scattered: Tensor = _ScatterHeads.apply(x, group, order)
+    scattered: Tensor = _ScatterHeads.apply(x, group)
     return scattered
 
 
-def gather_heads(x: Tensor, group: dist.ProcessGroup, order: Tensor) -> Tensor:
+def gather_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Trade heads for tokens: `[s * size, b, n / size, d]` to `[s, b, n, d]`."""
-    gathered: Tensor = _GatherHeads.apply(x, group, order)
+    gathered: Tensor = _GatherHeads.apply(x, group)
     return gathered
 
 
 class _ScatterHeads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, order: Tensor) -> Tensor:
-        ctx.group, ctx.order = group, order
-        return _scatter(x, group, order)
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _scatter(x, group)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return _gather(grad, ctx.group, ctx.order), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _gather(grad, ctx.group), None
 
 
 class _GatherHeads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, order: Tensor) -> Tensor:
-        ctx.group, ctx.order = group, order
-        return _gather(x, group, order)
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _gather(x, group)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return _scatter(grad, ctx.group, ctx.order), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _scatter(grad, ctx.group), None
 
 
-def _scatter(x: Tensor, group: dist.ProcessGroup, order: Tensor) -> Tensor:
+def _scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     by_rank = x.unflatten(2, (group.size(), -1)).movedim(2, 0)
-    return _trade(by_rank, group).flatten(0, 1)[order]
+    return _trade(by_rank, group).flatten(0, 1)
 
 
-def _gather(x: Tensor, group: dist.ProcessGroup, order: Tensor) -> Tensor:
-    by_rank = torch.empty_like(x)
-    by_rank[order] = x
-    traded = _trade(by_rank.unflatten(0, (group.size(), -1)), group)
-    return traded.movedim(0, 2).flatten(2, 3)
+def _gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    by_rank = x.unflatten(0, (group.size(), -1))
+    return _trade(by_rank, group).movedim(0, 2).flatten(2, 3)
 
 
 def _trade(by_rank: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -1,4 +1,4 @@
-"""Attention to keys and values that come block by block, and its backward pass, which does it again.
+"""Attention to keys and values that come block by block, and again in its backward pass.
 
 The softmax over blocks is merged by its log-sum-exp, so no matrix of scores is ever whole
 (FlashAttention, arXiv:2205.14135). Shapes are those of `kernels`.
@@ -16,7 +16,8 @@ from torch.autograd.function import once_differentiable
 from mcore_lab.backends.context_parallel.kernels import accumulation_dtype, kernel_for
 from mcore_lab.backends.context_parallel.zigzag import Tile
 
-_BYTES_AT_A_TIME = 4 * 2**20
+# Of keys and values: enough for a message to be worth its start, little next to a long sequence.
+_BYTES_AT_A_TIME = 2**20
 
 
 class ForwardPass:
@@ -121,7 +122,7 @@ class BlockwiseAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of query, key and value."""
         query, key, value, output, lse = ctx.saved_tensors
         grads = tuple(torch.empty_like(x) for x in (query, key, value))
@@ -141,7 +142,7 @@ class BlockwiseAttention(torch.autograd.Function):
 
 
 def _rounds(key: Tensor, value: Tensor) -> Iterator[slice]:
-    """Yield the query groups that go together: as many as have a few MiB of keys and values."""
+    """Yield the query groups that go together: as many as have a MiB of keys and values, or one."""
     groups = key.size(1)
     of_one = max(1, (key.nbytes + value.nbytes) // max(1, groups))
     together = max(1, _BYTES_AT_A_TIME // of_one)
@@ -149,11 +150,8 @@ def _rounds(key: Tensor, value: Tensor) -> Iterator[slice]:
         yield slice(first, min(first + together, groups))
 
 
-def _pieces(tiles: Iterable[Tile], largest: int | None) -> Iterator[Tile]:
-    """Cut tiles that a kernel cannot take whole; those above the diagonal are left out."""
-    if largest is None:
-        yield from tiles
-        return
+def _pieces(tiles: Iterable[Tile], largest: int) -> Iterator[Tile]:
+    """Cut tiles that are too large for a kernel; pieces above the diagonal are left out."""
     for tile in tiles:
         for row, queries in enumerate(_cut(tile.queries, largest)):
             for column, keys in enumerate(_cut(tile.keys, largest)):

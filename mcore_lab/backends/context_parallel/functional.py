@@ -12,7 +12,7 @@ from mcore_lab.backends.context_parallel.all_gather import AllGather
 from mcore_lab.backends.context_parallel.all_to_all import check_heads, gather_heads, scatter_heads
 from mcore_lab.backends.context_parallel.blockwise import BlockwiseAttention, Communication
 from mcore_lab.backends.context_parallel.ring import Ring
-from mcore_lab.backends.context_parallel.zigzag import Documents, sequence_order
+from mcore_lab.backends.context_parallel.zigzag import Documents
 from mcore_lab.errors import LayoutError, nearest
 
 COMM_TYPES = ("p2p", "all_gather", "a2a", "a2a+p2p")
@@ -43,6 +43,11 @@ def context_parallel_attention(
 
     Raises LayoutError for a sequence or heads that the ranks cannot share.
     """
+    if len(key) != len(query):
+        raise LayoutError(
+            "context-parallel attention is of a sequence to itself: there are "
+            f"{len(query)} queries and {len(key)} keys on this rank"
+        )
     scale = 1 / math.sqrt(query.size(-1)) if scale is None else scale
     documents = documents or Documents.one_sequence(len(query), math.prod(g.size() for g in groups))
     if not groups:
@@ -55,14 +60,13 @@ def context_parallel_attention(
 
     trading, ring = groups[0], groups[1] if len(groups) > 1 else None
     check_heads(query.size(2), key.size(2), trading.size())
-    order = sequence_order(documents, len(query), trading.size()).to(query.device)
-    query, key, value = (scatter_heads(x, trading, order) for x in (query, key, value))
-    blocks = Ring(ring, documents.over_fewer_ranks(trading.size()), causal=causal)
-    return gather_heads(_attend(query, key, value, blocks, scale), trading, order)
+    query, key, value = (scatter_heads(x, trading) for x in (query, key, value))
+    blocks = Ring(ring, documents, causal=causal, together=trading.size())
+    return gather_heads(_attend(query, key, value, blocks, scale), trading)
 
 
 def check_groups(comm_type: str, groups: Sequence[dist.ProcessGroup]) -> None:
-    """Raise LayoutError for a name that is not one of `COMM_TYPES`, or groups that it cannot use."""
+    """Raise LayoutError for a name that is none of `COMM_TYPES`, or groups that it cannot use."""
     if comm_type not in COMM_TYPES:
         raise LayoutError(
             f"cp_comm_type {comm_type!r} is none of {', '.join(COMM_TYPES)}"

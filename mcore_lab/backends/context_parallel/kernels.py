@@ -1,7 +1,7 @@
 """One tile of attention and its gradients, with the log-sum-exp that lets tiles be merged.
 
-Queries are `[s, g, r, d]`, keys `[t, g, d]` and values `[t, g, v]`: g is every query group of every
-sample, r the query heads of a group. A log-sum-exp is `[s, g, r]`, in float32 (float64 for float64).
+Queries are `[s, g, r, d]`, keys `[t, g, d]` and values `[t, g, v]`: g counts the query groups of
+all samples, r the heads of a group. A log-sum-exp is `[s, g, r]`, in float32 (float64 if they are).
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-_DENSE_TILE = 512
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -32,8 +30,8 @@ class Kernel(NamedTuple):
     The output and its log-sum-exp are those over all keys, of which these may be a part: a
     probability is `exp(score - lse)`, whatever other keys there are.
     """
-    largest_tile: int | None
-    """Queries and keys that it takes at a time; None for any number."""
+    largest_tile: int
+    """Queries, and keys, that it is given at a time: what it returns for a tile stays small."""
 
 
 def kernel_for(device: torch.device) -> Kernel:
@@ -78,12 +76,18 @@ def _flash_backward(
             scale=scale,
         )
     )
-    total = accumulation_dtype(query.dtype)
     return (
         grad_query.permute(2, 0, 1, 3)[..., : query.size(-1)],
-        grad_key.sum(1, dtype=total).transpose(0, 1)[..., : key.size(-1)],
-        grad_value.sum(1, dtype=total).transpose(0, 1)[..., : value.size(-1)],
+        _sum_over_heads(grad_key)[..., : key.size(-1)],
+        _sum_over_heads(grad_value)[..., : value.size(-1)],
     )
+
+
+def _sum_over_heads(grad: Tensor) -> Tensor:
+    """Return as `[t, g, d]` the gradient `[g, r, t, d]` of keys that a group's heads share."""
+    dtype = accumulation_dtype(grad.dtype)
+    summed = grad[:, 0] if grad.size(1) == 1 else grad.sum(1, dtype=dtype)
+    return summed.transpose(0, 1)
 
 
 def _heads_first(
@@ -149,5 +153,6 @@ def _accurate(*tensors: Tensor) -> list[Tensor]:
     return [x.to(accumulation_dtype(x.dtype)) for x in tensors]
 
 
-FLASH_ON_CPU = Kernel(_flash_forward, _flash_backward, None)
-DENSE = Kernel(_dense_forward, _dense_backward, _DENSE_TILE)
+FLASH_ON_CPU = Kernel(_flash_forward, _flash_backward, largest_tile=2048)
+# Its scores are whole: a MiB for each head.
+DENSE = Kernel(_dense_forward, _dense_backward, largest_tile=512)

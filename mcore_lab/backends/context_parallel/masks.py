@@ -9,34 +9,46 @@ from torch import Tensor
 from mcore_lab.backends.context_parallel.zigzag import zigzag_places
 from mcore_lab.errors import LayoutError
 
-_CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
-_FULL = (AttnMaskType.no_mask, AttnMaskType.padding)
+_IS_CAUSAL = {
+    AttnMaskType.causal: True,
+    AttnMaskType.padding_causal: True,
+    AttnMaskType.no_mask: False,
+    AttnMaskType.padding: False,
+}
 _ROWS_AT_A_TIME = 1024
+_INSTEAD = (
+    "put padding behind the text and leave it out of the loss, keep documents apart by "
+    "PackedSeqParams, and pass attention_mask=None"
+)
 
 
-def is_causal(
-    mask_type: AttnMaskType, mask: Tensor | None, *, tokens: int, rank: int, size: int
-) -> bool:
-    """Say whether a mask is causal, or none at all.
+def is_causal(mask_type: AttnMaskType) -> bool:
+    """Say whether a type of mask is causal, or none; raise LayoutError where it is neither.
 
-    A mask tensor, `[b or 1, 1, tokens, tokens * size]` and True where hidden, is taken only where
-    it says what a causal type says already: Megatron-Core's datasets make such. Raises LayoutError
-    for any other.
+    Padding is told by `PackedSeqParams`, so the types with it are the same as those without.
     """
-    if mask_type not in (*_CAUSAL, *_FULL):
-        raise LayoutError(_refusal(f"attention masks of type {mask_type.name}"))
-    causal = mask_type in _CAUSAL
-    if mask is not None and not (causal and _is_causal_mask(mask, tokens, rank, size)):
-        shape = list(mask.shape)
-        raise LayoutError(_refusal(f"this {mask_type.name} attention mask of shape {shape}"))
-    return causal
+    if mask_type not in _IS_CAUSAL:
+        known = ", ".join(known.name for known in _IS_CAUSAL)
+        raise LayoutError(
+            f"the torch backend has masks of the types {known} for context parallelism and packed "
+            f"sequences, and not {mask_type.name}: {_INSTEAD}"
+        )
+    return _IS_CAUSAL[mask_type]
 
 
-def _refusal(what: str) -> str:
-    return (
-        f"the torch backend's context-parallel attention cannot use {what}: it is causal, or sees "
-        "all. Put padding behind the text and leave it out of the loss, keep documents apart by "
-        "PackedSeqParams, and pass attention_mask=None"
+def check_mask(mask: Tensor | None, *, causal: bool, tokens: int, rank: int, size: int) -> None:
+    """Raise LayoutError for a mask that says more than its type does.
+
+    `mask` is `[b or 1, 1, tokens, tokens * size]` and True where hidden, with the rows of this
+    rank's tokens, as Megatron-Core's datasets and `get_batch_on_this_cp_rank` make it.
+    """
+    if mask is None or (causal and _is_causal_mask(mask, tokens, rank, size)):
+        return
+    kind = "not the causal one" if causal else "more than none"
+    raise LayoutError(
+        f"the attention mask of shape {list(mask.shape)} is {kind}, of {tokens} queries and "
+        f"{tokens * size} keys, which is all that the torch backend has with context parallelism: "
+        + _INSTEAD
     )
 
 
@@ -45,5 +57,5 @@ def _is_causal_mask(mask: Tensor, tokens: int, rank: int, size: int) -> bool:
         return False
     places = zigzag_places([tokens * size], rank, size).to(mask.device)
     keys = torch.arange(tokens * size, device=mask.device)
-    rows = zip(mask.bool().split(_ROWS_AT_A_TIME, -2), places.split(_ROWS_AT_A_TIME), strict=True)
-    return all(bool((hidden == (keys > at.unsqueeze(1))).all()) for hidden, at in rows)
+    parts = zip(mask.split(_ROWS_AT_A_TIME, -2), places.split(_ROWS_AT_A_TIME), strict=True)
+    return all(bool((rows.bool() == (keys > at.unsqueeze(1))).all()) for rows, at in parts)

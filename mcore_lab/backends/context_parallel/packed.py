@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
@@ -32,7 +34,12 @@ def packed_documents(packed: PackedSeqParams, tokens: int, size: int) -> Documen
             f"cu_seqlens_q ends at {sum(stored)} tokens, and {size} ranks of {tokens} tokens have "
             f"{size * tokens}"
         )
-    return Documents(stored=tuple(n // size for n in stored), lengths=tuple(lengths))
+    return Documents(
+        ranks=size,
+        tokens=tokens,
+        stored=tuple(n // size for n in stored),
+        lengths=tuple(lengths),
+    )
 
 
 def _check_format(packed: PackedSeqParams) -> None:
@@ -53,7 +60,7 @@ def _lengths(cu_seqlens: Tensor | None) -> list[int]:
     if cu_seqlens is None:
         raise LayoutError("packed sequences in thd format need cu_seqlens_q and cu_seqlens_kv")
     ends = cu_seqlens.flatten().tolist()
-    lengths = [end - start for start, end in zip(ends, ends[1:], strict=False)]
+    lengths = [end - start for start, end in itertools.pairwise(ends)]
     if ends[:1] != [0] or min(lengths, default=0) < 0:
         raise LayoutError(f"cu_seqlens has to start at 0 and rise, and is {ends}")
     return lengths

@@ -1,14 +1,14 @@
 """Which tokens a context-parallel rank holds, and which of them attend to which.
 
-Under a causal mask later tokens have more keys to look at. A sequence is therefore cut into twice as
-many chunks as there are ranks, and rank r of R holds chunks r and 2R - 1 - r: the work is the same
-everywhere. This is the order of Megatron-Core's `get_batch_on_this_cp_rank` and of its rotary
+Under a causal mask later tokens have more keys to look at. A sequence is therefore cut into twice
+as many chunks as there are ranks, and rank r of R holds chunks r and 2R - 1 - r: the work is the
+same everywhere. This is the order of Megatron-Core's `get_batch_on_this_cp_rank` and of its rotary
 embedding, and for each document of a packed sequence that of Transformer Engine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,24 +18,19 @@ from mcore_lab.errors import LayoutError
 
 
 class Tile(NamedTuple):
-    """A part of the matrix of scores: some queries against some keys, by place in a rank's tokens."""
+    """A part of the matrix of scores: some queries against some keys, by place on their ranks."""
 
     queries: slice
     keys: slice
     causal: bool
     """Whether a query sees the keys up to its own place in the tile, instead of all."""
 
-    def with_keys_at(self, start: int) -> Tile:
-        """Return the tile for keys that lie `start` tokens further on."""
-        keys = slice(self.keys.start + start, self.keys.stop + start)
-        return self._replace(keys=keys)
-
 
 def zigzag_places(lengths: Sequence[int], rank: int, size: int) -> torch.Tensor:
     """Return where the tokens that a rank holds are in the whole sequence, `[tokens / size]`.
 
     `lengths` are those of the documents, one after the other, padding included; a sequence that is
-    not packed is one document. Raises LayoutError for a length that `2 * size` chunks do not divide.
+    not packed is one document. Raises LayoutError for one that `2 * size` chunks do not divide.
     """
     check_lengths(lengths, size)
     if size == 1:
@@ -43,8 +38,8 @@ def zigzag_places(lengths: Sequence[int], rank: int, size: int) -> torch.Tensor:
     places, start = [torch.arange(0)], 0
     for length in lengths:
         half = length // (2 * size)
-        for chunk in (rank, 2 * size - 1 - rank):
-            places.append(torch.arange(start + chunk * half, start + (chunk + 1) * half))
+        firsts = (start + chunk * half for chunk in (rank, 2 * size - 1 - rank))
+        places.extend(torch.arange(first, first + half) for first in firsts)
         start += length
     return torch.cat(places)
 
@@ -63,63 +58,68 @@ def check_lengths(lengths: Sequence[int], size: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Documents:
-    """The documents in a rank's tokens, one after the other, each in zigzag order on its own."""
+    """What the tokens are that ranks share: documents, each in zigzag order on its own."""
 
+    ranks: int
+    """How many share them."""
+    tokens: int
+    """Tokens that each rank holds; those behind the last document see nothing."""
     stored: tuple[int, ...]
-    """Tokens of each that a rank holds, padding included; the same on every rank."""
+    """Tokens of each document that a rank holds, padding included; the same on every rank."""
     lengths: tuple[int, ...]
-    """Tokens of each over all ranks, padding left out."""
+    """Tokens of each document over all ranks, padding left out."""
 
-    def over_fewer_ranks(self, size: int) -> Documents:
-        """Return the documents where each rank holds what `size` ranks held before."""
-        return Documents(stored=tuple(n * size for n in self.stored), lengths=self.lengths)
+    @classmethod
+    def one_sequence(cls, tokens: int, ranks: int) -> Documents:
+        """Return the one document of a sequence of which each rank holds `tokens`.
 
-    def tiles(self, *, rank: int, source: int, size: int, causal: bool) -> list[Tile]:
-        """Return which queries of `rank` see which keys of `source`, of `size` ranks.
+        Raises LayoutError for an odd number of tokens, which zigzag order cannot be.
+        """
+        check_lengths([tokens * ranks], ranks)
+        return cls(ranks=ranks, tokens=tokens, stored=(tokens,), lengths=(tokens * ranks,))
+
+    def tiles(
+        self, of_queries: Sequence[int], of_keys: Sequence[int], *, causal: bool
+    ) -> list[Tile]:
+        """Return which queries see which keys, the tokens of some ranks against those of others.
+
+        Several ranks' tokens lie one after the other. What is hidden is in no tile.
+        """
+        return [
+            tile
+            for row, rank in enumerate(of_queries)
+            for column, source in enumerate(of_keys)
+            for tile in self._pair(rank, source, causal, row * self.tokens, column * self.tokens)
+        ]
+
+    def _pair(
+        self, rank: int, source: int, causal: bool, first_query: int, first_key: int
+    ) -> Iterator[Tile]:
+        """Yield a tile a document.
 
         Under a causal mask, all queries of a rank come after the first chunk of an earlier rank and
-        before its second; and only the second chunk's queries come after a later rank's, which are
-        then both seen. What is hidden is in no tile, so each pair of ranks has the same work.
+        before its second; and only those of its own second chunk come after a later rank's chunks,
+        and see both. So each pair of ranks has the same work.
         """
-        tiles, start = [], 0
         for stored, length in zip(self.stored, self.lengths, strict=True):
             half = stored // 2
-            mine, theirs = (start + _held(stored, length, r, size) for r in (rank, source))
-            first_query, last_key = start, theirs
-            if causal and source < rank:
-                last_key = min(start + half, theirs)
-            elif causal and source > rank:
-                first_query = start + half
-            if first_query < mine and start < last_key:
-                queries, keys = slice(first_query, mine), slice(start, last_key)
-                tiles.append(Tile(queries, keys, causal and source == rank))
-            start += stored
-        return tiles
+            mine, theirs = (_held(stored, length, r, self.ranks) for r in (rank, source))
+            hidden_queries = half if causal and source > rank else 0
+            seen_keys = min(half, theirs) if causal and source < rank else theirs
+            if hidden_queries < mine and seen_keys:
+                yield Tile(
+                    slice(first_query + hidden_queries, first_query + mine),
+                    slice(first_key, first_key + seen_keys),
+                    causal and source == rank,
+                )
+            first_query += stored
+            first_key += stored
 
 
-def _held(stored: int, length: int, rank: int, size: int) -> int:
+def _held(stored: int, length: int, rank: int, ranks: int) -> int:
     """Return how many of a document's tokens that are no padding a rank holds; they come first."""
-    if size == 1:
+    if ranks == 1:
         return min(stored, length)
     half = stored // 2
-    chunks = (rank, 2 * size - 1 - rank)
+    chunks = (rank, 2 * ranks - 1 - rank)
     return sum(min(max(length - chunk * half, 0), half) for chunk in chunks)
-
-
-def sequence_order(documents: Documents, tokens: int, size: int) -> torch.Tensor:
-    """Return the places, in `size` ranks' tokens one after the other, of the sequence in order.
-
-    `tokens` is how many each rank holds; those behind the last document stay behind it.
-    """
-    lengths = [stored * size for stored in documents.stored]
-    lengths.append(tokens * size - sum(lengths))
-    held = [
-        torch.cat([zigzag_places(lengths[:-1], rank, size), _rest(lengths, rank, size)])
-        for rank in range(size)
-    ]
-    return torch.argsort(torch.cat(held))
-
-
-def _rest(lengths: Sequence[int], rank: int, size: int) -> torch.Tensor:
-    each = lengths[-1] // size
-    return sum(lengths[:-1]) + rank * each + torch.arange(each)
