@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from mcore_lab import cli
-from mcore_lab.cli.arguments import smallest_world
+from mcore_lab.cli.arguments import smallest_world, usual_world
 from mcore_lab.config import Recipe, recipe_to_toml
 from mcore_lab.layout import ParallelLayout
 from mcore_lab.recipes import describe, find_recipe, load_recipe, recipe_names
@@ -113,7 +113,7 @@ def test_recipes_lists_each_with_its_ranks_and_one_line(lab: Any) -> None:
     assert [recipe["recipe"] for recipe in listed] == recipe_names()
     for recipe in listed:
         assert recipe["what"] == describe(recipe["recipe"]) != ""
-        assert recipe["ranks"] == smallest_world(load_recipe(recipe["recipe"]).layout)
+        assert recipe["ranks"] == usual_world(load_recipe(recipe["recipe"]))
     table = lab("recipes").stdout
     assert all(describe(name) in table for name in recipe_names())
 

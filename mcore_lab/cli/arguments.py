@@ -7,10 +7,10 @@ import math
 from collections.abc import Sequence
 from typing import NoReturn
 
-from mcore_lab.config import LaunchSettings, RunArguments, parse_recipe
+from mcore_lab.config import LaunchSettings, Recipe, RunArguments, parse_recipe
 from mcore_lab.errors import ConfigError
 from mcore_lab.layout import ParallelLayout
-from mcore_lab.recipes import find_recipe, recipe_names
+from mcore_lab.recipes import find_recipe, made_for, recipe_names
 
 
 class Parser(argparse.ArgumentParser):
@@ -34,8 +34,14 @@ def recipe_arguments(command: str, what: str, argv: Sequence[str]) -> tuple[RunA
     if name.startswith("-"):
         raise ConfigError(f"the recipe comes first: {prog} NAME {name} ...")
     arguments = parse_recipe(find_recipe(name), options, f"{prog} {name}", LaunchSettings)
-    layout = arguments.recipe.layout
-    return arguments, smallest_world(layout) if arguments.nproc is None else arguments.nproc
+    recipe = arguments.recipe
+    return arguments, usual_world(recipe) if arguments.nproc is None else arguments.nproc
+
+
+def usual_world(recipe: Recipe) -> int:
+    """Return the ranks that a recipe is made for, in the whole replicas that its layout takes."""
+    smallest = smallest_world(recipe.layout)
+    return -(-made_for(recipe.name) // smallest) * smallest
 
 
 def smallest_world(layout: ParallelLayout) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mcore_lab.cli.arguments import Parser, smallest_world
+from mcore_lab.cli.arguments import Parser, usual_world
 from mcore_lab.cli.output import print_json, print_table
 from mcore_lab.config.overlay import known_transformer_fields
 from mcore_lab.config.values import metavar
@@ -36,9 +36,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _recipes() -> list[tuple[str, int | str, str]]:
-    return [
-        (name, smallest_world(load_recipe(name).layout), describe(name)) for name in recipe_names()
-    ]
+    return [(name, usual_world(load_recipe(name)), describe(name)) for name in recipe_names()]
 
 
 def _fields(word: str) -> list[tuple[str, int | str, str]]:

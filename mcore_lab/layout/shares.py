@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 from mcore_lab.layout.rules.case import Case, DataShape, ModelShape
@@ -56,7 +56,7 @@ def rank_shares(
 def _layer_spans(case: Case) -> Iterator[Span]:
     """Yield each stage's layers, in the order in which a micro-batch goes through the stages."""
     ends = list(accumulate(_layer_counts(case), initial=0))
-    yield from zip(ends, ends[1:], strict=False)
+    yield from pairwise(ends)
 
 
 def _layer_counts(case: Case) -> Sequence[int]:

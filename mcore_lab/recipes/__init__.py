@@ -39,6 +39,13 @@ def find_recipe(name: str) -> Recipe:
     return recipe_from_toml(name, base=load_recipe(recipe_name(name, read_toml(name))))
 
 
+def made_for(name: str) -> int:
+    """Return the ranks that the recipe is made for, where its layout alone would take fewer."""
+    ranks = getattr(importlib.import_module(f"{__name__}.{name}"), "RANKS", 1)
+    assert isinstance(ranks, int)
+    return ranks
+
+
 def describe(name: str) -> str:
     """Return what the recipe is, in one line: the first of its module's docstring."""
     return (importlib.import_module(f"{__name__}.{name}").__doc__ or "").strip().partition("\n")[0]

@@ -14,7 +14,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from mcore_lab.backends import choose_backend, decoder_block_spec
+from mcore_lab.backends import choose_backend, decoder_block_spec, mtp_block_spec
 from mcore_lab.checkpoint import starting_point, step_folder
 from mcore_lab.checkpoint.load import load_checkpoint, load_weights
 from mcore_lab.checkpoint.save import save_checkpoint
@@ -30,7 +30,7 @@ from mcore_lab.model import (
 )
 from mcore_lab.runtime import World
 from mcore_lab.training.evaluate import evaluate
-from mcore_lab.training.forward import forward_step, mean_loss
+from mcore_lab.training.forward import forward_step, mean_loss, mean_mtp_loss
 from mcore_lab.training.optimizer import ddp_config, lr_scheduler, optimizer_config
 from mcore_lab.training.recorder import Recorder, Summary
 
@@ -59,6 +59,7 @@ def train(recipe: Recipe, world: World, recorder: Recorder) -> Summary:
                 **gpt_arguments(recipe, datasets.vocab_size),
                 pre_process=stage.is_first,
                 post_process=stage.is_last,
+                mtp_block_spec=mtp_block_spec(config, backend, stage.vp_stage),
                 vp_stage=stage.vp_stage,
             )
             for stage in pipeline_stages(recipe.layout)
@@ -105,7 +106,8 @@ def train(recipe: Recipe, world: World, recorder: Recorder) -> Summary:
         _, grad_norm, _ = optimizer.step()
         loss, lr = mean_loss(reports), optimizer.param_groups[0]["lr"]
         scheduler.step(increment=1)
-        recorder.step(step + 1, loss, grad_norm, lr, time.perf_counter() - started)
+        mtp_loss = mean_mtp_loss(config, batches.num_microbatches)
+        recorder.step(step + 1, loss, grad_norm, lr, time.perf_counter() - started, mtp_loss)
 
         if datasets.valid and training.evaluates_after(step + 1):
             recorder.validation(evaluate(recipe, datasets.valid, model, forward_backward))

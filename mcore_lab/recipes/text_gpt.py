@@ -3,6 +3,8 @@
 Why: mock data shows that a layout runs; text shows that the model learns. The text is tokenised
 once, a token a byte, into Megatron-Core's indexed format, and read back by `GPTDataset`.
 
+Its text is that of the current folder, or what `--data.path FILE_OR_FOLDER` names.
+
 What to look at: the validation loss in nats a byte. Bytes drawn evenly would cost ln 256 = 5.5;
 English by its letters' frequencies about 3; below that the model has learnt what follows what.
 """

@@ -24,7 +24,7 @@ RECIPE = Recipe(
         transformer={"hidden_dropout": 0.0, "attention_dropout": 0.0},
     ),
     data=Data(sequence_length=64, micro_batch_size=2, global_batch_size=8),
-    training=Training(steps=20, lr=1e-3),
+    training=Training(steps=20, lr=3e-4),
 )
 
 if __name__ == "__main__":
