@@ -214,7 +214,7 @@ def test_what_a_run_wrote_is_the_recipe_it_ran(tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["chek"], "no command chek; did you mean check?"),
-        (["xyzzy"], "no command xyzzy; there is run, check, recipes, doctor"),
+        (["xyzzy"], "no command xyzzy; there is run, check, ranks, recipes, doctor"),
         (["check", "tp2_gtp"], "no recipe tp2_gtp; did you mean tp2_gpt"),
         (["check", "no.toml"], "no.toml: No such file or directory"),
         (["check", "--nproc", "2", "tp2_gpt"], "the recipe comes first: mcore-lab check NAME"),
