@@ -158,15 +158,18 @@ def byte_level_tokenizer() -> Any:
 def slice_for_context_parallel_rank(batch: dict[str, Any]) -> dict[str, Any]:
     """Return this context-parallel rank's part of a batch: two chunks of `[b, s]`, `[b, s / cp]`.
 
-    `get_batch_on_this_cp_rank` has a further required argument from 0.17 on.
+    From 0.17 on `get_batch_on_this_cp_rank` has a further required argument, and where no group is
+    given 0.19 takes the whole world for the context-parallel group.
     """
     import inspect
 
+    from megatron.core import parallel_state
     from megatron.core.utils import get_batch_on_this_cp_rank
 
-    takes = inspect.signature(get_batch_on_this_cp_rank).parameters
-    hybrid = {"is_hybrid_cp": False} if "is_hybrid_cp" in takes else {}
-    sliced: dict[str, Any] = get_batch_on_this_cp_rank(batch, **hybrid)
+    arguments: dict[str, Any] = {"cp_group": parallel_state.get_context_parallel_group()}
+    if "is_hybrid_cp" in inspect.signature(get_batch_on_this_cp_rank).parameters:
+        arguments["is_hybrid_cp"] = False
+    sliced: dict[str, Any] = get_batch_on_this_cp_rank(batch, **arguments)
     return sliced
 
 

@@ -93,11 +93,12 @@ def test_the_layers_of_each_rank_are_those_that_megatron_builds(name: str):
                 assert list(range(first, end)) == built
 
 
+@pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize("cp", [1, 2, 4])
-def test_the_tokens_of_each_rank_are_those_that_megatron_slices(cp: int):
-    layout = ParallelLayout(context_parallel_size=cp)
-    for share in shares(layout, Model(), cp, sequence_length=32):
-        with rank_of_world(share.rank, cp):
+def test_the_tokens_of_each_rank_are_those_that_megatron_slices(cp: int, tp: int):
+    layout = ParallelLayout(context_parallel_size=cp, tensor_model_parallel_size=tp)
+    for share in shares(layout, Model(), cp * tp, sequence_length=32):
+        with rank_of_world(share.rank, cp * tp):
             initialize(layout)
             sliced = slice_for_context_parallel_rank({"tokens": torch.arange(32).view(1, 32)})
         held = [token for first, end in share.sequence for token in range(first, end)]
