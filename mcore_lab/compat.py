@@ -169,7 +169,8 @@ def slice_for_context_parallel_rank(batch: dict[str, Any]) -> dict[str, Any]:
     arguments: dict[str, Any] = {"cp_group": parallel_state.get_context_parallel_group()}
     if "is_hybrid_cp" in inspect.signature(get_batch_on_this_cp_rank).parameters:
         arguments["is_hybrid_cp"] = False
-    sliced: dict[str, Any] = get_batch_on_this_cp_rank(batch, **arguments)
+    # It replaces the values of the dictionary that it is given.
+    sliced: dict[str, Any] = get_batch_on_this_cp_rank(dict(batch), **arguments)
     return sliced
 
 

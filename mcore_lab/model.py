@@ -70,6 +70,10 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
         # The fused kernels are CUDA code.
         "masked_softmax_fusion": False,
     }
+    if recipe.data.pack_documents and recipe.layout.pp > 1:
+        # A row of packed documents is as long as their padding makes it: stages tell each other,
+        # which Megatron-Core wants to know of the dispatcher, even where there are no experts.
+        fields |= {"variable_seq_lengths": True, "moe_token_dispatcher_type": "alltoall"}
     fields |= {name: getattr(model, name) for name in _DIMENSIONS}
     fields |= recipe.layout.transformer_fields()
     fields |= {name: _value(name, value) for name, value in model.transformer.items()}

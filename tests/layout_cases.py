@@ -28,6 +28,7 @@ class Data:
     sequence_length: int = 64
     micro_batch_size: int = 4
     global_batch_size: int = 32
+    pack_documents: bool = False
 
 
 def layout_of(*, order: str = "tp-cp-ep-dp-pp", **sizes: Any) -> ParallelLayout:
@@ -376,31 +377,49 @@ WRONG = {
         "use --model.max-sequence-length 64, or --data.sequence-length 32",
         mended={"model": {"max_sequence_length": 64}},
     ),
-    "a_sequence_uneven_under_sequence_parallelism": Wrong(
-        layout={"tp": 2, "sp": True},
-        world=2,
-        data={"sequence_length": 63},
-        says="sequence_length must be a multiple of tp: sequence_length 63, tp 2; "
-        "use --layout.tp 1 or 3, or --data.sequence-length 62 or 64",
-        mended={"data": {"sequence_length": 64}},
-    ),
-    "a_sequence_uneven_under_context_parallelism": Wrong(
+    "padding_in_the_auxiliary_loss": Wrong(
         layout={"cp": 2},
         world=2,
+        model={"num_moe_experts": 4, "transformer": {"moe_aux_loss_coeff": 0.1}},
         data={"sequence_length": 66},
-        says="sequence_length must be a multiple of 2 * cp: "
+        says="sequence_length must be a multiple of 2 * cp, "
+        "or padded tokens count in moe_aux_loss_coeff: "
         "sequence_length 66, 2 * cp = 2 * 2 = 4; "
         "use --layout.cp 1 or 3, or --data.sequence-length 64 or 68",
         mended={"data": {"sequence_length": 68}},
     ),
-    "a_sequence_uneven_under_both": Wrong(
+    "padding_in_the_capacity_of_experts": Wrong(
         layout={"tp": 2, "cp": 4, "sp": True},
         world=8,
+        model={
+            "num_moe_experts": 4,
+            "transformer": {"moe_expert_capacity_factor": 1.5, "add_bias_linear": False},
+        },
         data={"sequence_length": 72},
-        says="sequence_length must be a multiple of 2 * cp * tp: "
+        says="sequence_length must be a multiple of 2 * cp * tp, "
+        "or padded tokens count in moe_expert_capacity_factor: "
         "sequence_length 72, 2 * cp * tp = 2 * 4 * 2 = 16; "
         "use --layout.cp 3 or 6, or --layout.tp 1 or 3, or --data.sequence-length 64 or 80",
         mended={"data": {"sequence_length": 80}},
+    ),
+    "padded_documents_in_the_auxiliary_loss": Wrong(
+        layout={"cp": 2},
+        world=2,
+        model={
+            "num_moe_experts": 4,
+            "transformer": {"moe_aux_loss_coeff": 0.1, "attention_dropout": 0.0},
+        },
+        data={"pack_documents": True},
+        says="packed documents are padded, which moe_aux_loss_coeff counts as tokens: "
+        "each to a multiple of 4; "
+        "use --data.pack-documents False, or a model without moe_aux_loss_coeff",
+        mended={"data": {"pack_documents": False}},
+    ),
+    "packed_documents_with_attention_dropout": Wrong(
+        data={"pack_documents": True},
+        says="packed documents need attention_dropout 0: attention_dropout 0.1; "
+        "use --model.transformer.attention_dropout 0, or --data.pack-documents False",
+        mended={"model": {"transformer": {"attention_dropout": 0}}},
     ),
     "an_uneven_batch": Wrong(
         world=3,

@@ -15,6 +15,7 @@ LOSS, NORM = 1e-5, 1e-4
 
 _SHORT = {
     "tp": "tensor_model_parallel_size",
+    "cp": "context_parallel_size",
     "pp": "pipeline_model_parallel_size",
     "vpp": "virtual_pipeline_model_parallel_size",
     "ep": "expert_model_parallel_size",

@@ -124,7 +124,8 @@ def test_checking_imports_neither_torch_nor_numpy():
         "model = SimpleNamespace(num_layers=5, hidden_size=64, num_attention_heads=4,"
         " num_query_groups=None, ffn_hidden_size=None, num_moe_experts=None, vocab_size=100,"
         " max_sequence_length=None, transformer={});"
-        "data = SimpleNamespace(sequence_length=64, micro_batch_size=4, global_batch_size=8);"
+        "data = SimpleNamespace(sequence_length=64, micro_batch_size=4, global_batch_size=8,"
+        " pack_documents=False);"
         "layout = ParallelLayout(tensor_model_parallel_size=3, order='pp-dp-ep-cp-tp');"
         "print(len(layout.check(model, data, 2)), {'torch', 'numpy'} & set(sys.modules))"
     )

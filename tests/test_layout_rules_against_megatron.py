@@ -252,7 +252,7 @@ SEQUENCES = range(56, 81)
 
 
 @pytest.mark.parametrize("cp", [2, 3, 4])
-def test_context_parallelism_refuses_the_sequences_that_break_a_rule(cp: int):
+def test_sequences_are_padded_where_context_parallelism_refuses_them(cp: int):
     layout = layout_of(cp=cp)
     version = inspect.signature(get_batch_on_this_cp_rank).parameters
     options = {"is_hybrid_cp": False} if "is_hybrid_cp" in version else {}
@@ -263,11 +263,11 @@ def test_context_parallelism_refuses_the_sequences_that_break_a_rule(cp: int):
     with rank_of_world(0, cp):
         initialize(layout)
         refused = [length for length in SEQUENCES if is_refused(lambda n=length: split(n))]
-    assert refused == broken_lengths(layout, cp)
+    assert refused == padded_lengths(layout)
 
 
 @pytest.mark.parametrize("tp", [2, 3, 4])
-def test_sequence_parallelism_refuses_the_sequences_that_break_a_rule(tp: int):
+def test_sequences_are_padded_where_sequence_parallelism_refuses_them(tp: int):
     layout = layout_of(tp=tp, sp=True)
 
     def split(length: int) -> None:
@@ -276,9 +276,10 @@ def test_sequence_parallelism_refuses_the_sequences_that_break_a_rule(tp: int):
     with rank_of_world(0, tp):
         initialize(layout)
         refused = [length for length in SEQUENCES if is_refused(lambda n=length: split(n))]
-    assert refused == broken_lengths(layout, tp)
+    assert refused == padded_lengths(layout)
 
 
-def broken_lengths(layout: ParallelLayout, world_size: int) -> list[int]:
-    model = Model(num_attention_heads=12, hidden_size=96)
-    return [n for n in SEQUENCES if layout.check(model, Data(sequence_length=n), world_size)]
+def padded_lengths(layout: ParallelLayout) -> list[int]:
+    padded = {n: layout.padded(n) for n in SEQUENCES}
+    assert all(length >= n and layout.padded(length) == length for n, length in padded.items())
+    return [n for n, length in padded.items() if length != n]

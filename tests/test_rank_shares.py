@@ -105,6 +105,18 @@ def test_the_tokens_of_each_rank_are_those_that_megatron_slices(cp: int, tp: int
         assert sliced["tokens"].flatten().tolist() == held
 
 
+@pytest.mark.parametrize("length", [13, 15, 16])
+def test_the_tokens_of_each_rank_leave_padding_out(length: int):
+    layout = ParallelLayout(context_parallel_size=4)
+    held = [
+        token
+        for share in shares(layout, Model(), 4, sequence_length=length)
+        for first, end in share.sequence
+        for token in range(first, end)
+    ]
+    assert sorted(held) == list(range(length))
+
+
 def test_each_expert_is_held_by_one_rank_of_each_expert_group():
     layout = ParallelLayout(
         tensor_model_parallel_size=2,

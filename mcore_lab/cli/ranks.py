@@ -71,7 +71,8 @@ def _columns(kinds: Sequence[str]) -> tuple[str, ...]:
 
 def _row(share: RankShare, kinds: Sequence[str]) -> tuple[object, ...]:
     axes = [getattr(share.coordinates, kind) for kind in kinds if "-" not in kind]
-    row = (share.rank, *axes, spans(share.layers), spans(share.sequence))
+    tokens = spans(share.sequence) or "of each document"
+    row = (share.rank, *axes, spans(share.layers), tokens)
     return (*row, spans([share.experts])) if share.experts else row
 
 

@@ -81,6 +81,11 @@ class Data:
     """Mock data: how many samples there are."""
     mock_vocab_size: int = 64
     """Mock data: the tokens are 0 to this number."""
+    mock_document_length: int | None = None
+    """Mock data: documents have 1 to this many tokens; Megatron-Core's 4,095 if not set."""
+    pack_documents: bool = False
+    """Keep the documents of a sample apart: no attention from one to another, positions from 0
+    (packed sequences in `thd` format). Else a token sees all that come before it in its sample."""
     split: str = "95,5,0"
     """Text: shares of training, validation and test, by document."""
     cache_dir: str = "runs/cache"

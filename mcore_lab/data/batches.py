@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from megatron.core import parallel_state
 from torch.utils.data import Dataset, default_collate
 
-from mcore_lab.compat import slice_for_context_parallel_rank
 from mcore_lab.config import Recipe
-
-Batch = dict[str, torch.Tensor]
-"""`tokens`, `labels`, `loss_mask`, `position_ids`, each `[b, s]`, or `[b, s / cp]`."""
+from mcore_lab.data.sequences import Batch, packed_share, padded_share
 
 
 class GlobalBatches:
@@ -23,8 +20,8 @@ class GlobalBatches:
     Sample n of the run is entry n of an endless sequence: the dataset in a new order each epoch,
     decided by the seed alone. Step k takes `global_batch_size` samples from `k * global_batch_size`
     on, whatever the layout and however many steps the run has. With `num_samples` the sequence ends
-    there, and batches are filled up with samples whose loss is masked. Under context parallelism a
-    rank has two chunks of each sample, one from either end.
+    there, and batches are filled up with samples whose loss is masked. `rank_share` takes from the
+    samples of a micro-batch what this rank has of their tokens.
     """
 
     def __init__(
@@ -37,7 +34,7 @@ class GlobalBatches:
         data_parallel_size: int,
         seed: int,
         num_samples: int | None = None,
-        context_parallel_size: int = 1,
+        rank_share: Callable[[Batch], Batch] = dict,
     ) -> None:
         self._dataset = dataset
         self._length = len(dataset)  # type: ignore[arg-type]
@@ -45,7 +42,7 @@ class GlobalBatches:
         self._global_batch_size = global_batch_size
         self._rank, self._ranks = data_parallel_rank, data_parallel_size
         self._seed, self._num_samples = seed, num_samples
-        self._context_parallel_size = context_parallel_size
+        self._rank_share = rank_share
         self._epoch_order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
     @property
@@ -73,9 +70,7 @@ class GlobalBatches:
 
     def _collate(self, indices: list[int | None]) -> Batch:
         # Megatron-Core's datasets return a sample with an empty loss mask for None.
-        batch = default_collate([self._dataset[index] for index in indices])
-        if self._context_parallel_size > 1:
-            batch = slice_for_context_parallel_rank(batch)
+        batch = self._rank_share(default_collate([self._dataset[index] for index in indices]))
         return {name: value.cuda(non_blocking=True) for name, value in batch.items()}
 
 
@@ -100,6 +95,7 @@ def validation_batch(recipe: Recipe, dataset: Dataset[Any]) -> GlobalBatches:
 def _batches(
     recipe: Recipe, dataset: Dataset[Any], size: int, num_samples: int | None = None
 ) -> GlobalBatches:
+    share = packed_share if recipe.data.pack_documents else padded_share
     return GlobalBatches(
         dataset,
         micro_batch_size=recipe.data.micro_batch_size,
@@ -108,5 +104,5 @@ def _batches(
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
         seed=recipe.training.seed,
         num_samples=num_samples,
-        context_parallel_size=parallel_state.get_context_parallel_world_size(),
+        rank_share=partial(share, layout=recipe.layout),
     )

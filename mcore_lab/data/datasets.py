@@ -13,7 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch.distributed as dist
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.gpt_dataset import (
+    GPTDataset,
+    GPTDatasetConfig,
+    MockGPTDataset,
+    MockGPTLowLevelDataset,
+)
 from torch.utils.data import Dataset, Subset
 
 from mcore_lab.compat import byte_level_tokenizer, null_tokenizer
@@ -50,10 +55,29 @@ def build_datasets(data: Data) -> Datasets:
 def _mock_data(data: Data) -> Datasets:
     tokenizer = null_tokenizer(data.mock_vocab_size)
     config = _config(data, tokenizer, split="1")
-    train = _build(MockGPTDataset, [data.num_samples, None, None], config)[0]
+    train = _build(_mock_documents(data), [data.num_samples, None, None], config)[0]
     # Megatron-Core builds whole epochs of its mock documents, which hold more samples than these.
     samples = Subset(train, range(data.num_samples))
     return Datasets(train=samples, valid=None, vocab_size=tokenizer.vocab_size)
+
+
+def _mock_documents(data: Data) -> type[MockGPTDataset]:
+    """Return Megatron-Core's mock dataset, of documents up to the length that is wished for."""
+    if data.mock_document_length is None:
+        return MockGPTDataset
+    longest = data.mock_document_length
+
+    class Documents(MockGPTLowLevelDataset):
+        max_sequence_length = longest + 1
+
+    class MockDocuments(MockGPTDataset):
+        @staticmethod
+        def build_low_level_dataset(
+            dataset_path: str, config: GPTDatasetConfig
+        ) -> MockGPTLowLevelDataset:
+            return Documents(config.tokenizer)
+
+    return MockDocuments
 
 
 def _text_data(data: Data, path: Path) -> Datasets:
@@ -85,9 +109,10 @@ def _config(data: Data, tokenizer: MegatronTokenizerBase, **kwargs: Any) -> GPTD
         random_seed=_DATASET_SEED,
         sequence_length=data.sequence_length,
         tokenizer=tokenizer,
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
+        # Packed documents start at position 0 each, and do not predict the next one's first token.
+        reset_position_ids=data.pack_documents,
+        reset_attention_mask=data.pack_documents,
+        eod_mask_loss=data.pack_documents,
         # The layers mask by position themselves.
         create_attention_mask=False,
         **kwargs,

@@ -86,6 +86,19 @@ class ParallelLayout:
         """Whether sequence parallelism is on."""
         return self.sequence_parallel
 
+    @property
+    def sequence_multiple(self) -> int:
+        """What the tokens of a sequence are padded to a multiple of, so that ranks can share it.
+
+        Context parallelism cuts it into `2 * cp` chunks, sequence parallelism each rank's into tp.
+        Source: `get_padding` of megatron/core/models/multimodal/context_parallel.py.
+        """
+        return (2 * self.cp if self.cp > 1 else 1) * (self.tp if self.sp else 1)
+
+    def padded(self, sequence_length: int) -> int:
+        """Return the length to which a sequence of `sequence_length` tokens is padded."""
+        return -(-sequence_length // self.sequence_multiple) * self.sequence_multiple
+
     def resized(self, **sizes: int) -> ParallelLayout:
         """Return the same layout with other sizes, by their short names: `layout.resized(tp=2)`."""
         fields: dict[str, Any] = {SHORT_NAMES[name]: size for name, size in sizes.items()}

@@ -29,7 +29,8 @@ class RankShare:
     experts: Span | None
     """Its experts of each mixture-of-experts layer; None in a dense model."""
     sequence: tuple[Span, ...]
-    """Its tokens of each sequence: one span, or under context parallelism one from each end."""
+    """Its tokens of each sequence: one span, or under context parallelism one from each end.
+    Empty where documents are packed: then each of them is split so."""
 
 
 def rank_shares(
@@ -47,7 +48,7 @@ def rank_shares(
                 coordinates=at,
                 layers=tuple(spans[chunk * layout.pp + at.pp] for chunk in range(layout.vpp)),
                 experts=_part(model.num_moe_experts, at.ep, layout.ep),
-                sequence=_sequence(data.sequence_length, at.cp, layout.cp),
+                sequence=() if data.pack_documents else _sequence(layout, data, at.cp),
             )
         )
     return shares
@@ -93,13 +94,16 @@ def _part(whole: int | None, index: int, parts: int) -> Span | None:
     return index * size, (index + 1) * size
 
 
-def _sequence(length: int, index: int, cp: int) -> tuple[Span, ...]:
+def _sequence(layout: ParallelLayout, data: DataShape, index: int) -> tuple[Span, ...]:
     """Return a context-parallel rank's chunks of a sequence: number `index` from either end.
 
     Under a causal mask the first chunk is little work and the last is much: together, all ranks
-    have the same. Source: `get_batch_on_this_cp_rank` of megatron/core/utils.py.
+    have the same. Padding, at the sequence's end, is left out.
+    Source: `get_batch_on_this_cp_rank` of megatron/core/utils.py.
     """
+    cp, length = layout.cp, data.sequence_length
     if cp == 1:
         return ((0, length),)
-    chunk = length // (2 * cp)
-    return tuple((n * chunk, (n + 1) * chunk) for n in (index, 2 * cp - 1 - index))
+    chunk = layout.padded(length) // (2 * cp)
+    chunks = ((n * chunk, (n + 1) * chunk) for n in (index, 2 * cp - 1 - index))
+    return tuple((min(first, length), min(end, length)) for first, end in chunks)

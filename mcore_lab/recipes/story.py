@@ -99,7 +99,7 @@ def train(recipe: Recipe, world: World, recorder: Recorder) -> Summary:
             data_iterator=[batches.step(step) for _ in model],
             model=model,
             num_microbatches=batches.num_microbatches,
-            seq_length=data.sequence_length,
+            seq_length=recipe.layout.padded(data.sequence_length),
             micro_batch_size=data.micro_batch_size,
             forward_only=False,
         )

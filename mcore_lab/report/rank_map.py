@@ -67,7 +67,7 @@ def _lines(share: RankShare) -> list[str]:
         f"rank {share.rank}",
         f"tp {at.tp}  cp {at.cp}  dp {at.dp}  pp {at.pp}",
         f"layers {spans(share.layers)}",
-        f"tokens {spans(share.sequence)}",
+        f"tokens {spans(share.sequence) or 'of each document'}",
     ]
     if share.experts:
         lines.insert(2, f"ep {at.ep}  etp {at.etp}  edp {at.edp}")

@@ -29,7 +29,7 @@ def evaluate(
             data_iterator=[batch.step(0) for _ in model],
             model=model,
             num_microbatches=batch.num_microbatches,
-            seq_length=recipe.data.sequence_length,
+            seq_length=recipe.layout.padded(recipe.data.sequence_length),
             micro_batch_size=recipe.data.micro_batch_size,
             forward_only=True,
         )

@@ -8,10 +8,11 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from mcore_lab.data.batches import Batch
+from mcore_lab.data.sequences import Batch
 
 LossOutput = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 
@@ -32,8 +33,26 @@ def forward_step(
         labels=batch["labels"],
         # For multi-token prediction, whose loss the model takes care of itself.
         loss_mask=batch["loss_mask"],
+        packed_seq_params=packed_seq_params(batch),
     )
     return output, partial(token_loss, batch["loss_mask"])
+
+
+def packed_seq_params(batch: Batch) -> PackedSeqParams | None:
+    """Return Megatron-Core's description of the documents packed in a batch; None if none are."""
+    if "cu_seqlens" not in batch:
+        return None
+    ends, stored_ends = batch["cu_seqlens"], batch["cu_seqlens_padded"]
+    longest = int(stored_ends.diff().max())
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=ends,
+        cu_seqlens_kv=ends,
+        cu_seqlens_q_padded=stored_ends,
+        cu_seqlens_kv_padded=stored_ends,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
 
 
 def token_loss(loss_mask: torch.Tensor, losses: torch.Tensor) -> LossOutput:

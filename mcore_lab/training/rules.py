@@ -25,6 +25,7 @@ _AT_LEAST = {
     "checkpoint.save_every": 1,
     "data.num_samples": 1,
     "data.mock_vocab_size": 1,
+    "data.mock_document_length": 1,
 }
 
 

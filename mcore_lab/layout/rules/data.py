@@ -16,6 +16,14 @@ from mcore_lab.layout.rules.report import (
 if TYPE_CHECKING:
     from mcore_lab.layout.parallel import ParallelLayout
 
+_ATTENTION_DROPOUT = 0.1
+"""`TransformerConfig.attention_dropout`, if it is not set."""
+_ON_ALL_TOKENS = (
+    "moe_aux_loss_coeff",
+    "moe_z_loss_coeff",
+    "moe_expert_capacity_factor",
+    "moe_router_enable_expert_bias",
+)
 _GROUP = "microbatch_group_size_per_vp_stage"
 
 
@@ -31,24 +39,45 @@ def sequence_fits_the_model(case: Case) -> Iterator[BrokenRule]:
         )
 
 
-def sequence_splits(case: Case) -> Iterator[BrokenRule]:
-    """Each rank has as many tokens of each sequence; a context-parallel one has two chunks.
+def experts_count_no_padding(case: Case) -> Iterator[BrokenRule]:
+    """Sequences need no padding where experts would count it among their tokens.
 
-    Source: `get_padding` of `megatron/core/models/multimodal/context_parallel.py`.
+    What does not divide is padded, and padding is left out of the loss; but it is routed, and
+    whatever looks at all tokens of a router looks at padding too.
     """
-    layout = case.layout
-    sizes = ["cp"] * (layout.cp > 1) + ["tp"] * layout.sp
+    layout, counting = case.layout, _counts_tokens(case)
+    if not case.model.num_moe_experts or not counting or layout.sequence_multiple == 1:
+        return
+    if case.data.pack_documents:
+        yield BrokenRule(
+            rule=f"packed documents are padded, which {counting} counts as tokens",
+            numbers=f"each to a multiple of {layout.sequence_multiple}",
+            fix=f"--data.pack-documents False, or a model without {counting}",
+        )
+        return
 
     def splits(length: int, other: ParallelLayout) -> bool:
-        return length % _sequence_unit(other) == 0
+        return length % other.sequence_multiple == 0
 
     yield from multiple_of(
         layout,
         case.data_amount("sequence_length"),
-        sizes,
+        ["cp"] * (layout.cp > 1) + ["tp"] * layout.sp,
         factor=2 if layout.cp > 1 else 1,
         works=splits,
+        note=f", or padded tokens count in {counting}",
     )
+
+
+def packed_documents_drop_no_attention(case: Case) -> Iterator[BrokenRule]:
+    """The torch backend attends to packed documents without dropout; Transformer Engine with it."""
+    dropout = case.of_model("attention_dropout", _ATTENTION_DROPOUT)
+    if case.data.pack_documents and dropout and case.of_model("backend") != "te":
+        yield BrokenRule(
+            rule="packed documents need attention_dropout 0",
+            numbers=f"attention_dropout {dropout}",
+            fix="--model.transformer.attention_dropout 0, or --data.pack-documents False",
+        )
 
 
 def batch_divides(case: Case) -> Iterator[BrokenRule]:
@@ -100,8 +129,15 @@ def interleaving_has_micro_batches(case: Case) -> Iterator[BrokenRule]:
     )
 
 
-def _sequence_unit(layout: ParallelLayout) -> int:
-    return (2 * layout.cp if layout.cp > 1 else 1) * (layout.tp if layout.sp else 1)
+def _counts_tokens(case: Case) -> str:
+    """Name what looks at all tokens that a router sees, if anything does."""
+    if case.of_model("moe_router_load_balancing_type") == "sinkhorn":
+        return "moe_router_load_balancing_type sinkhorn"
+    return next((name for name in _ON_ALL_TOKENS if _is_on(case.of_model(name))), "")
+
+
+def _is_on(value: object) -> bool:
+    return any(value) if isinstance(value, (list, tuple)) else bool(value)
 
 
 def _replicas(case: Case) -> int | None:
@@ -129,7 +165,8 @@ def _micro_batch_group(case: Case) -> int:
 
 RULES: tuple[Rule, ...] = (
     sequence_fits_the_model,
-    sequence_splits,
+    experts_count_no_padding,
+    packed_documents_drop_no_attention,
     batch_divides,
     micro_batch_groups_reach_all_stages,
     interleaving_has_micro_batches,
