@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -95,13 +95,18 @@ def test_what_starts_no_training_imports_neither_torch_nor_numpy(
 
 
 @pytest.mark.parametrize("words", [["--help"], ["check", "tp2_gpt", "--nproc", "2", "--tp", "2"]])
-def test_help_and_check_answer_within_half_a_second(lab: Any, words: list[str]) -> None:
-    def seconds() -> float:
-        start = time.perf_counter()
-        lab(*words)
-        return time.perf_counter() - start
+def test_help_and_check_take_less_than_half_a_second_of_a_processor(
+    lab: Any, words: list[str]
+) -> None:
+    """Of processor time: on a machine that is busy otherwise the wall clock says nothing."""
 
-    assert min(seconds() for _ in range(5)) < 0.5
+    def seconds() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        lab(*words)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    assert min(seconds() for _ in range(3)) < 0.5
 
 
 # Recipes.

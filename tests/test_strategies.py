@@ -10,9 +10,9 @@ from small_runs import changed, grad_norms, losses, run
 
 from mcore_lab.cli.arguments import usual_world
 from mcore_lab.layout import ParallelLayout
-from mcore_lab.recipes import load_recipe, recipe_names
+from mcore_lab.recipes import load_recipe, recipe_names, shown_layer
 
-STRATEGIES = [name for name in recipe_names() if name != "text_gpt"]
+STRATEGIES = [name for name in recipe_names() if name != "text_gpt" and not shown_layer(name)]
 STEPS = 10
 
 

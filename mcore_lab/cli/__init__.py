@@ -82,7 +82,7 @@ def _tell(message: str, words: Sequence[str], status: int) -> int:
     """Print an error for a person, and as JSON for a program that asked for it."""
     print(f"error: {message}", file=sys.stderr)
     if "--json" in words:
-        from mcore_lab.cli.output import print_json
+        from mcore_lab.report.tables import print_json
 
         print_json({"error": message})
     return status

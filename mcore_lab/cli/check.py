@@ -7,9 +7,9 @@ from dataclasses import asdict
 from typing import Any
 
 from mcore_lab.cli.arguments import recipe_arguments
-from mcore_lab.cli.output import print_json, print_table
 from mcore_lab.config import Recipe
 from mcore_lab.layout import BrokenRule
+from mcore_lab.report.tables import print_json, print_table
 
 _WHAT = "Hold a recipe's layout against its model, its data and the number of ranks; start nothing."
 

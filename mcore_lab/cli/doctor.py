@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from mcore_lab.cli.arguments import Parser
 from mcore_lab.cli.diagnosis import Finding, diagnose
-from mcore_lab.cli.output import print_json, print_table
+from mcore_lab.report.tables import print_json, print_table
 
 
 def main(argv: Sequence[str]) -> int:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from mcore_lab.cli.arguments import recipe_arguments
 from mcore_lab.cli.check import broken_rules
-from mcore_lab.cli.output import print_json, print_table
 from mcore_lab.errors import ConfigError, LayoutError
 from mcore_lab.layout import RankShare, rank_shares
 from mcore_lab.report import rank_map_svg
 from mcore_lab.report.rank_map import spans
+from mcore_lab.report.tables import print_json, print_table
 
 _WHAT = "Show which rank is where in each parallel dimension, what it holds, and the groups."
 

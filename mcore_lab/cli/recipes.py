@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mcore_lab.cli.arguments import Parser, usual_world
-from mcore_lab.cli.output import print_json, print_table
 from mcore_lab.config.overlay import known_transformer_fields
 from mcore_lab.config.values import metavar
 from mcore_lab.recipes import describe, load_recipe, recipe_names
+from mcore_lab.report.tables import print_json, print_table
 
 
 def main(argv: Sequence[str]) -> int:

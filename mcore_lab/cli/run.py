@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from mcore_lab.cli.arguments import recipe_arguments
 from mcore_lab.cli.check import broken_rules
-from mcore_lab.cli.output import print_json
 from mcore_lab.errors import LayoutError
+from mcore_lab.report.tables import print_json
 
 _WHAT = "Train a recipe on N ranks of this machine: on its GPUs if there are enough, else on CPU."
 

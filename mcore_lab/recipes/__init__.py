@@ -41,14 +41,25 @@ def find_recipe(name: str) -> Recipe:
 
 def made_for(name: str) -> int:
     """Return the ranks that the recipe is made for, where its layout alone would take fewer."""
-    ranks = getattr(importlib.import_module(f"{__name__}.{name}"), "RANKS", 1)
+    ranks = _said_by(name, "RANKS", 1)
     assert isinstance(ranks, int)
     return ranks
+
+
+def shown_layer(name: str) -> str | None:
+    """Return the module of `recipes.layers` that the recipe shows; None if it trains a model."""
+    layer = _said_by(name, "LAYER", None)
+    assert layer is None or isinstance(layer, str)
+    return layer
 
 
 def describe(name: str) -> str:
     """Return what the recipe is, in one line: the first of its module's docstring."""
     return (importlib.import_module(f"{__name__}.{name}").__doc__ or "").strip().partition("\n")[0]
+
+
+def _said_by(name: str, what: str, default: object) -> object:
+    return getattr(importlib.import_module(f"{__name__}.{name}"), what, default)
 
 
 def _defines_recipe(name: str) -> bool:

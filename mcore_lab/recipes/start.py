@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +20,13 @@ from mcore_lab.config import (
 )
 from mcore_lab.data import text_files
 from mcore_lab.errors import LabError
-from mcore_lab.recipes import load_recipe
+from mcore_lab.recipes import layers, load_recipe, shown_layer
+from mcore_lab.report.tables import print_table
 from mcore_lab.training import RunFolder
 from mcore_lab.training.rules import require_trainable
 
 if TYPE_CHECKING:
+    from mcore_lab.recipes.layers.parts import LayerReport
     from mcore_lab.training.recorder import Summary
 
 
@@ -56,8 +59,11 @@ def require_startable(arguments: RunArguments, world_size: int) -> None:
         text_files(Path(recipe.data.path))
 
 
-def run_rank(arguments: RunArguments) -> Summary:
-    """Run the recipe on this rank: what `launch` and torchrun start once a rank."""
+def run_rank(arguments: RunArguments) -> Summary | LayerReport:
+    """Run the recipe on this rank: what `launch` and torchrun start once a rank.
+
+    Returns how training ended, or what the layer of a recipe that shows one has done.
+    """
     from mcore_lab.runtime import RankLog, process_group
     from mcore_lab.training.console import Console
     from mcore_lab.training.recorder import Recorder
@@ -68,6 +74,14 @@ def run_rank(arguments: RunArguments) -> Summary:
         process_group() as world,
         Console(speaks=world.is_first and not arguments.json) as console,
     ):
+        if layer := shown_layer(recipe.name):
+            report: LayerReport = import_module(f"{layers.__name__}.{layer}").show(recipe, world)
+            if world.is_first and not arguments.json:
+                columns, rows = list(report.ranks[0]), [row.values() for row in report.ranks]
+                print_table(columns, [list(map(_readable, row)) for row in rows])
+                print(report.remark)
+            return report
+
         from mcore_lab.recipes.story import train
 
         recorder = Recorder(
@@ -78,6 +92,10 @@ def run_rank(arguments: RunArguments) -> Summary:
             fresh=arguments.fresh,
         )
         return train(recipe, world, recorder)
+
+
+def _readable(value: object) -> object:
+    return f"{value:.0e}" if isinstance(value, float) and value < 1e-3 else value
 
 
 def main(recipe: Recipe) -> None:

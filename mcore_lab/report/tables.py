@@ -1,4 +1,4 @@
-"""How commands print: tables at a terminal, plain columns in a pipe, JSON on request."""
+"""How results are printed: tables at a terminal, plain columns in a pipe, JSON on request."""
 
 from __future__ import annotations
 
