@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -13,10 +13,12 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.activations import quick_gelu, squared_relu
+from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
+from mcore_lab.backends import Backend, decoder_block_spec, mtp_block_spec
 from mcore_lab.compat import router_coefficients
 from mcore_lab.config import Recipe
 from mcore_lab.errors import ConfigError
@@ -50,6 +52,21 @@ _ACTIVATIONS = {
     "squared_relu": squared_relu,
 }
 _VOCABULARY_MULTIPLE = 128
+
+
+class Stage(NamedTuple):
+    """A part of the pipeline that this rank holds."""
+
+    vp_stage: int | None
+    """Which of this rank's chunks it is; None without interleaving."""
+    is_first: bool
+    """Whether it holds the embedding."""
+    is_last: bool
+    """Whether it holds the output layer and the loss."""
+
+
+BuildChunk = Callable[[Recipe, TransformerConfig, Stage, Backend, int], torch.nn.Module]
+"""Builds the part of a model that belongs to a stage of the pipeline: see `gpt_chunk`."""
 
 
 def transformer_config(recipe: Recipe) -> TransformerConfig:
@@ -123,6 +140,25 @@ def gpt_arguments(recipe: Recipe, vocab_size: int) -> dict[str, Any]:
     }
 
 
+def gpt_chunk(
+    recipe: Recipe, config: TransformerConfig, stage: Stage, backend: Backend, vocab_size: int
+) -> torch.nn.Module:
+    """Return the part of the recipe's GPT that belongs to a stage of the pipeline.
+
+    `vocab_size` is what the data's tokenizer needs. Initial weights are drawn from the generators
+    that the caller has seeded.
+    """
+    return GPTModel(
+        config,
+        decoder_block_spec(config, backend, stage.vp_stage),
+        **gpt_arguments(recipe, vocab_size),
+        pre_process=stage.is_first,
+        post_process=stage.is_last,
+        mtp_block_spec=mtp_block_spec(config, backend, stage.vp_stage),
+        vp_stage=stage.vp_stage,
+    )
+
+
 def model_vocab_size(recipe: Recipe, needed: int) -> int:
     """Return the embedding's rows: the model's own number, or what the tokenizer needs, rounded up.
 
@@ -138,17 +174,6 @@ def model_vocab_size(recipe: Recipe, needed: int) -> int:
             f"--model.vocab-size {rounded}"
         )
     return rows if rows is not None else rounded
-
-
-class Stage(NamedTuple):
-    """A part of the pipeline that this rank holds."""
-
-    vp_stage: int | None
-    """Which of this rank's chunks it is; None without interleaving."""
-    is_first: bool
-    """Whether it holds the embedding."""
-    is_last: bool
-    """Whether it holds the output layer and the loss."""
 
 
 def pipeline_stages(layout: ParallelLayout) -> list[Stage]:

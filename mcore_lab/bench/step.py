@@ -18,16 +18,15 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch.utils.data import DataLoader
 
-from mcore_lab.backends import choose_backend, decoder_block_spec, mtp_block_spec
+from mcore_lab.backends import choose_backend
 from mcore_lab.compat import slice_for_context_parallel_rank
 from mcore_lab.config import Recipe
 from mcore_lab.data.datasets import build_datasets
-from mcore_lab.model import gpt_arguments, on_device, pipeline_stages, transformer_config
+from mcore_lab.model import gpt_chunk, on_device, pipeline_stages, transformer_config
 from mcore_lab.recipes.story import train
 from mcore_lab.runtime import RankLog, World, process_group
 from mcore_lab.training import RunFolder
@@ -112,15 +111,7 @@ def _bare_loop(recipe: Recipe, world: World, log: RankLog) -> list[float]:
     datasets = build_datasets(data)
     model: list[Any] = []
     for stage in pipeline_stages(layout):
-        chunk = GPTModel(
-            config,
-            decoder_block_spec(config, backend, stage.vp_stage),
-            **gpt_arguments(recipe, datasets.vocab_size),
-            pre_process=stage.is_first,
-            post_process=stage.is_last,
-            mtp_block_spec=mtp_block_spec(config, backend, stage.vp_stage),
-            vp_stage=stage.vp_stage,
-        )
+        chunk = gpt_chunk(recipe, config, stage, backend, datasets.vocab_size)
         distributed = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True, use_distributed_optimizer=layout.use_distributed_optimizer
         )

@@ -10,11 +10,10 @@ import time
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from mcore_lab.backends import choose_backend, decoder_block_spec, mtp_block_spec
+from mcore_lab.backends import choose_backend
 from mcore_lab.checkpoint import starting_point, step_folder
 from mcore_lab.checkpoint.load import load_checkpoint, load_weights
 from mcore_lab.checkpoint.save import save_checkpoint
@@ -22,7 +21,8 @@ from mcore_lab.config import Recipe
 from mcore_lab.data.batches import global_batches
 from mcore_lab.data.datasets import build_datasets
 from mcore_lab.model import (
-    gpt_arguments,
+    BuildChunk,
+    gpt_chunk,
     on_device,
     pipeline_stages,
     refusals_explained,
@@ -30,13 +30,23 @@ from mcore_lab.model import (
 )
 from mcore_lab.runtime import World
 from mcore_lab.training.evaluate import evaluate
-from mcore_lab.training.forward import forward_step, mean_loss, mean_mtp_loss
+from mcore_lab.training.forward import ForwardStep, forward_step, mean_loss, mean_mtp_loss
 from mcore_lab.training.optimizer import ddp_config, lr_scheduler, optimizer_config
 from mcore_lab.training.recorder import Recorder, Summary
 
 
-def train(recipe: Recipe, world: World, recorder: Recorder) -> Summary:
-    """Train `recipe` on this rank of `world`, with all the others, and return how it ended."""
+def train(
+    recipe: Recipe,
+    world: World,
+    recorder: Recorder,
+    *,
+    build: BuildChunk = gpt_chunk,
+    forward_step: ForwardStep = forward_step,
+) -> Summary:
+    """Train `recipe` on this rank of `world`, with all the others, and return how it ended.
+
+    `build` and `forward_step` put another model in the place of the recipe's GPT.
+    """
     data, training = recipe.data, recipe.training
 
     # Who is who: this rank joins the groups of its tensor, pipeline, context, expert, data peers.
@@ -53,15 +63,7 @@ def train(recipe: Recipe, world: World, recorder: Recorder) -> Summary:
     backend = choose_backend(recipe.model.backend, world.device.type)
     with refusals_explained():
         chunks = [
-            GPTModel(
-                config,
-                decoder_block_spec(config, backend, stage.vp_stage),
-                **gpt_arguments(recipe, datasets.vocab_size),
-                pre_process=stage.is_first,
-                post_process=stage.is_last,
-                mtp_block_spec=mtp_block_spec(config, backend, stage.vp_stage),
-                vp_stage=stage.vp_stage,
-            )
+            build(recipe, config, stage, backend, datasets.vocab_size)
             for stage in pipeline_stages(recipe.layout)
         ]
     model = [
@@ -86,6 +88,7 @@ def train(recipe: Recipe, world: World, recorder: Recorder) -> Summary:
             first_step = load_checkpoint(start.path, model, optimizer, scheduler)
 
     recorder.begin(recipe, world, backend, first_step)
+    recorder.look_at_start(model, optimizer, scheduler)
     if training.steps == 0 and recipe.checkpoint.save:
         # The initial weights, for runs on other layouts to start from.
         recorder.saved(save_checkpoint(step_folder(checkpoints, 0), model, optimizer, scheduler, 0))
@@ -103,6 +106,7 @@ def train(recipe: Recipe, world: World, recorder: Recorder) -> Summary:
             micro_batch_size=data.micro_batch_size,
             forward_only=False,
         )
+        recorder.look_at_gradients(step + 1, model, reports)
         _, grad_norm, _ = optimizer.step()
         loss, lr = mean_loss(reports), optimizer.param_groups[0]["lr"]
         scheduler.step(increment=1)
@@ -110,8 +114,10 @@ def train(recipe: Recipe, world: World, recorder: Recorder) -> Summary:
         recorder.step(step + 1, loss, grad_norm, lr, time.perf_counter() - started, mtp_loss)
 
         if datasets.valid and training.evaluates_after(step + 1):
-            recorder.validation(evaluate(recipe, datasets.valid, model, forward_backward))
+            loss = evaluate(recipe, datasets.valid, model, forward_backward, forward_step)
+            recorder.validation(loss)
         if recipe.checkpoint.saves_after(step + 1, last=training.steps):
             folder = step_folder(checkpoints, step + 1)
             recorder.saved(save_checkpoint(folder, model, optimizer, scheduler, step + 1))
+    recorder.look_at_end(model, optimizer, scheduler)
     return recorder.summary()

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from mcore_lab.config import Recipe
 from mcore_lab.data.batches import validation_batch
-from mcore_lab.training.forward import forward_step, mean_loss
+from mcore_lab.training.forward import ForwardStep, forward_step, mean_loss
 
 
 def evaluate(
@@ -18,6 +18,7 @@ def evaluate(
     dataset: Dataset[Any],
     model: list[torch.nn.Module],
     forward_backward: Callable[..., list[dict[str, torch.Tensor]]],
+    forward_step: ForwardStep = forward_step,
 ) -> float:
     """Return the mean loss a token, in nats, of the same `eval_samples` samples each time."""
     batch = validation_batch(recipe, dataset)

@@ -15,6 +15,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from mcore_lab.data.sequences import Batch
 
 LossOutput = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
+ForwardStep = Callable[
+    [Iterator[Batch], torch.nn.Module],
+    tuple[torch.Tensor, Callable[[torch.Tensor], LossOutput]],
+]
+"""What `get_forward_backward_func` calls for each micro-batch: see `forward_step`."""
 
 
 def forward_step(

@@ -6,6 +6,10 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
 from mcore_lab.backends import Backend
 from mcore_lab.config import Recipe
 from mcore_lab.errors import RankFailedError
@@ -39,6 +43,7 @@ class Recorder:
         self.folder = folder
         self._log, self._console = log, console
         self._recipe_toml, self._fresh = recipe_toml, fresh
+        self._steps = 0
         self._last: StepMetrics | None = None
         self._valid_loss: float | None = None
         self._checkpoint: Path | None = None
@@ -95,6 +100,27 @@ class Recorder:
     def saved(self, checkpoint: Path) -> None:
         """Note a checkpoint that was written."""
         self._checkpoint = checkpoint
+
+    def look_at_start(
+        self,
+        model: list[torch.nn.Module],
+        optimizer: MegatronOptimizer,
+        scheduler: OptimizerParamScheduler,
+    ) -> None:
+        """See everything as it is before the first step. What records a run looks at none of it."""
+
+    def look_at_gradients(
+        self, step: int, model: list[torch.nn.Module], reports: list[dict[str, torch.Tensor]]
+    ) -> None:
+        """See a step's gradients, reduced and before they are clipped, and its reported losses."""
+
+    def look_at_end(
+        self,
+        model: list[torch.nn.Module],
+        optimizer: MegatronOptimizer,
+        scheduler: OptimizerParamScheduler,
+    ) -> None:
+        """See everything as it is after the last step."""
 
     def summary(self) -> Summary:
         """Return how the run ended, and say where its checkpoint is."""

@@ -1,0 +1,24 @@
+"""Whether a layout computes what one rank computes.
+
+`verify(recipe, nproc)` runs both and returns a `VerificationReport`. Imported when they are asked
+for: `comparable` and `layouts` answer without torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mcore_lab.verify.report import VerificationReport
+    from mcore_lab.verify.run import Reference, verify
+
+__all__ = ["Reference", "VerificationReport", "verify"]
+
+
+def __getattr__(name: str) -> Any:
+    import importlib
+
+    modules = {"verify": "run", "Reference": "run", "VerificationReport": "report"}
+    if name in modules:
+        return getattr(importlib.import_module(f"{__name__}.{modules[name]}"), name)
+    raise AttributeError(f"module {__name__} has no attribute {name}")

@@ -1,0 +1,193 @@
+"""Two snapshots side by side: a verdict on every number, in the order of their computation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from mcore_lab.verify.order import forward_place
+from mcore_lab.verify.snapshot import Snapshot, Tensors
+from mcore_lab.verify.tolerance import Tolerances
+
+_NEGLIGIBLE = 1e-6
+"""A tensor smaller than this share of all of them together is measured against that share."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """One comparison of the candidate with the reference."""
+
+    kind: str
+    """What is compared: activation, loss, gradient, grad norm, learning rate, weight, moment, …"""
+    name: str
+    error: float
+    """Largest relative difference; NaN where the candidate has no number, or not a finite one."""
+    tolerance: float
+    ratio: float | None = None
+    """Norm of the candidate's by that of the reference's."""
+    note: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether rounding explains the difference."""
+        return self.error <= self.tolerance
+
+    def __str__(self) -> str:
+        ratio = "" if self.ratio is None else f", norm {self.ratio:.6g} times the reference's"
+        note = f" ({self.note})" if self.note else ""
+        return f"{self.kind} {self.name}: off by {self.error:.1e}{ratio}{note}"
+
+
+def compare(reference: Snapshot, candidate: Snapshot, allowed: Tolerances) -> list[Verdict]:
+    """Return a verdict on every number, in the order in which a step computes them.
+
+    What comes first and is off is where to look: activations in forward order, the loss, gradients
+    from the last layer to the first; then what became of them.
+    """
+    return [
+        *_tensors("initial weight", reference.initial_weights, candidate.initial_weights, 0.0),
+        *_tensors("activation", reference.activations, candidate.activations, allowed.activation),
+        *_copies(candidate, allowed),
+        *_losses(reference, candidate, allowed, slice(0, 1)),
+        *_auxiliary(reference, candidate, allowed),
+        *_gradients(reference, candidate, allowed),
+        *_numbers("grad norm", reference.grad_norms, candidate.grad_norms, allowed.gradient),
+        *_numbers("learning rate", reference.learning_rates, candidate.learning_rates, 1e-12),
+        *_losses(reference, candidate, allowed, slice(1, None)),
+        *_moments(reference, candidate, allowed),
+        *_weights(reference, candidate, allowed),
+    ]
+
+
+def _tensors(
+    kind: str, reference: Tensors, candidate: Tensors, tolerance: float, *, backward: bool = False
+) -> Iterator[Verdict]:
+    names = list(reference)
+    if kind != "activation":
+        names.sort(key=forward_place, reverse=backward)
+    floor = _NEGLIGIBLE * float(sum(t.double().square().sum() for t in reference.values())) ** 0.5
+    for name in names:
+        if name not in candidate:
+            yield _missing(kind, name, tolerance)
+            continue
+        error, ratio = _difference(reference[name], candidate[name], floor)
+        yield Verdict(kind=kind, name=name, error=error, tolerance=tolerance, ratio=ratio)
+
+
+def _missing(kind: str, name: str, tolerance: float) -> Verdict:
+    return Verdict(kind=kind, name=name, error=torch.nan, tolerance=tolerance, note="not there")
+
+
+def _difference(
+    reference: torch.Tensor, candidate: torch.Tensor, floor: float
+) -> tuple[float, float | None]:
+    """Return the norm of the difference by the reference's, and the ratio of their norms."""
+    if reference.shape != candidate.shape:
+        return torch.nan, None
+    one, other = reference.double(), candidate.double()
+    norm, apart = float(one.norm()), float((other - one).norm())
+    ratio = float(other.norm()) / norm if norm else None
+    scale = max(norm, floor)
+    return (apart / scale if scale else apart), ratio
+
+
+def _gradients(reference: Snapshot, candidate: Snapshot, allowed: Tolerances) -> Iterator[Verdict]:
+    tolerance = allowed.gradient
+    yield from _tensors(
+        "gradient", reference.gradients, candidate.gradients, tolerance, backward=True
+    )
+
+
+def _copies(candidate: Snapshot, allowed: Tolerances) -> Iterator[Verdict]:
+    """Judge what several ranks hold and should hold alike."""
+    for name, (spread, where) in candidate.torn.items():
+        yield Verdict(
+            kind="copies",
+            name=name,
+            error=spread,
+            tolerance=allowed.gradient,
+            note=f"ranks {where} hold different copies",
+        )
+
+
+def _losses(
+    reference: Snapshot, candidate: Snapshot, allowed: Tolerances, steps: slice
+) -> Iterator[Verdict]:
+    numbers = range(len(reference.losses))[steps]
+    for step in numbers:
+        there = candidate.losses[step] if step < len(candidate.losses) else []
+        expected = reference.losses[step]
+        yield from _numbers(
+            "loss",
+            expected,
+            there,
+            allowed.loss * (step + 1) ** 0.5,
+            names=[f"step {step + 1}, micro-batch {n + 1}" for n in range(len(expected))],
+        )
+
+
+def _auxiliary(reference: Snapshot, candidate: Snapshot, allowed: Tolerances) -> Iterator[Verdict]:
+    for kind, values in reference.auxiliary_losses.items():
+        there = candidate.auxiliary_losses.get(kind, [])
+        names = [f"{kind} of layer {layer}" for layer in range(len(values))]
+        yield from _numbers("auxiliary loss", values, there, allowed.gradient, names=names)
+
+
+def _numbers(
+    kind: str,
+    reference: list[float],
+    candidate: list[float],
+    tolerance: float,
+    names: list[str] | None = None,
+) -> Iterator[Verdict]:
+    names = names or [f"step {step + 1}" for step in range(len(reference))]
+    for place, (name, expected) in enumerate(zip(names, reference, strict=True)):
+        got = candidate[place] if place < len(candidate) else torch.nan
+        error = abs(got - expected) / abs(expected) if expected else abs(got)
+        ratio = got / expected if expected else None
+        yield Verdict(kind=kind, name=name, error=error, tolerance=tolerance, ratio=ratio)
+
+
+def _moments(reference: Snapshot, candidate: Snapshot, allowed: Tolerances) -> Iterator[Verdict]:
+    for moment in ("exp_avg", "exp_avg_sq"):
+        mine, theirs = (_of_moment(one, moment) for one in (reference, candidate))
+        yield from _tensors(f"moment {moment}", mine, theirs, allowed.moment)
+
+
+def _of_moment(snapshot: Snapshot, moment: str) -> Tensors:
+    prefix = f"{moment}."
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in snapshot.moments.items()
+        if name.startswith(prefix)
+    }
+
+
+def _weights(reference: Snapshot, candidate: Snapshot, allowed: Tolerances) -> Iterator[Verdict]:
+    squares = _of_moment(reference, "exp_avg_sq")
+    for name in sorted(reference.weights, key=forward_place):
+        start, end = reference.initial_weights[name], reference.weights[name]
+        there = candidate.weights.get(name)
+        if there is None or there.shape != end.shape:
+            yield _missing("weight", name, allowed.update)
+            continue
+        counts, noisy = _signal(squares.get(name), allowed.noise)
+        moved, apart = (end - start).double() * counts, (there - end).double() * counts
+        norm = float(moved.norm())
+        error = float(apart.norm()) / norm if norm else float(apart.norm())
+        ratio = float((there - start).double().mul(counts).norm()) / norm if norm else None
+        note = f"{noisy} elements left out: their gradient is rounding noise" if noisy else ""
+        yield Verdict(
+            kind="weight", name=name, error=error, tolerance=allowed.update, ratio=ratio, note=note
+        )
+
+
+def _signal(squares: torch.Tensor | None, noise: float) -> tuple[torch.Tensor, int]:
+    """Return 1 for each element whose gradients are above noise, and how many are not."""
+    if squares is None:
+        return torch.ones(()), 0
+    roots = squares.double().sqrt()
+    counts = roots > noise * float(roots.square().mean().sqrt())
+    return counts.double(), int((~counts).sum())

@@ -1,0 +1,120 @@
+"""Run a recipe on one rank and on a layout, from the same weights, and compare the results."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from mcore_lab.checkpoint import step_folder
+from mcore_lab.config import Recipe
+from mcore_lab.layout import ParallelLayout
+from mcore_lab.model import BuildChunk, gpt_chunk
+from mcore_lab.recipes.story import train
+from mcore_lab.runtime import RankLog, choose_device, launch, process_group
+from mcore_lab.training.forward import ForwardStep, forward_step
+from mcore_lab.verify.comparable import require_comparable
+from mcore_lab.verify.compare import compare
+from mcore_lab.verify.report import VerificationReport
+from mcore_lab.verify.signatures import hints
+from mcore_lab.verify.snapshot import Snapshot
+from mcore_lab.verify.tolerance import Tolerances
+from mcore_lab.verify.witness import Witness
+
+STEPS = 3
+"""Steps that are compared if nothing else is said."""
+
+
+def verify(
+    recipe: Recipe,
+    nproc: int,
+    *,
+    steps: int = STEPS,
+    build: BuildChunk = gpt_chunk,
+    forward_step: ForwardStep = forward_step,
+    timeout: float | None = None,
+) -> VerificationReport:
+    """Say whether the recipe's layout on `nproc` ranks computes what one rank computes.
+
+    One rank trains first, and its initial weights become a sharded checkpoint; then the layout
+    trains from that checkpoint, on the same samples. To verify a model of your own, give `build`,
+    which returns this rank's part of it as a `MegatronModule` (see `mcore_lab.model.gpt_chunk`),
+    and, if it takes other arguments, a `forward_step` (see `mcore_lab.training.forward`).
+
+    Raises ConfigError for what depends on the layout by its definition, LayoutError for a layout
+    that breaks a rule, and RankFailedError if a rank fails or `timeout` seconds pass.
+    """
+    with tempfile.TemporaryDirectory(prefix="mcore_lab-") as folder:
+        reference = Reference(recipe, Path(folder), steps, build, forward_step, timeout)
+        return reference.verify(recipe.layout, nproc)
+
+
+class Reference:
+    """What one rank computes, kept to hold several layouts against it."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: Path,
+        steps: int = STEPS,
+        build: BuildChunk = gpt_chunk,
+        forward_step: ForwardStep = forward_step,
+        timeout: float | None = None,
+    ) -> None:
+        require_comparable(recipe)
+        self._initial = folder / "initial"
+        checkpoint = replace(recipe.checkpoint, save=False, load=None)
+        training = replace(recipe.training, steps=steps, resume="none", eval_every=None)
+        data = replace(recipe.data, split="100,0,0")
+        self._recipe = replace(recipe, training=training, checkpoint=checkpoint, data=data)
+        self._model = build, forward_step
+        self._timeout = timeout
+        one_rank = replace(self._recipe, layout=ParallelLayout())
+        one_rank.layout.require(recipe.model, recipe.data, 1)
+        self.snapshot = self._run(one_rank, 1, self._initial)
+
+    def verify(self, layout: ParallelLayout, nproc: int) -> VerificationReport:
+        """Hold a layout on `nproc` ranks against one rank."""
+        layout.require(self._recipe.model, self._recipe.data, nproc)
+        start = str(step_folder(self._initial, 0))
+        checkpoint = replace(self._recipe.checkpoint, load=start)
+        recipe = replace(self._recipe, layout=layout, checkpoint=checkpoint)
+        candidate = self._run(recipe, nproc, None)
+        steps = recipe.training.steps
+        verdicts = compare(self.snapshot, candidate, Tolerances.of(recipe, steps))
+        return VerificationReport(
+            recipe=recipe.name,
+            layout=layout_sizes(layout, nproc),
+            world_size=nproc,
+            precision=recipe.training.precision,
+            steps=steps,
+            verdicts=tuple(verdicts),
+            hints=tuple(hints(verdicts, recipe, nproc)),
+        )
+
+    def _run(self, recipe: Recipe, nproc: int, initial: Path | None) -> Snapshot:
+        device = choose_device(nproc).type
+        return launch(
+            _rank, nproc, recipe, initial, *self._model, timeout=self._timeout, device=device
+        )[0]
+
+
+def _rank(
+    recipe: Recipe, initial: Path | None, build: BuildChunk, forward_step: ForwardStep
+) -> Snapshot:
+    with RankLog(int(os.environ["RANK"])) as log, process_group() as world:
+        witness = Witness(log, initial)
+        train(recipe, world, witness, build=build, forward_step=forward_step)
+        return witness.snapshot
+
+
+def layout_sizes(layout: ParallelLayout, nproc: int) -> dict[str, int | bool]:
+    """Return what a layout splits, by short names: sizes above 1, and what is switched on."""
+    sizes = {name: getattr(layout, name) for name in ("tp", "cp", "pp", "vpp", "ep")}
+    sizes["dp"] = layout.data_parallel_size(nproc)
+    split: dict[str, int | bool] = {name: size for name, size in sizes.items() if size > 1}
+    if layout.etp != layout.tp:
+        split["etp"] = layout.etp
+    flags = {"sp": layout.sp, "distopt": layout.use_distributed_optimizer}
+    return split | {name: True for name, on in flags.items() if on}
