@@ -14,7 +14,15 @@ from typing import Literal
 import torch
 from packaging.specifiers import SpecifierSet
 
-from mcore_lab.cpu import cuda_api, gloo, megatron_core, placement, random_stream, tensors
+from mcore_lab.cpu import (
+    cuda_api,
+    gloo,
+    megatron_core,
+    placement,
+    random_stream,
+    tensors,
+    transformer_engine,
+)
 from mcore_lab.cpu.replace import update_importers
 
 
@@ -187,6 +195,11 @@ MEGATRON = (
         replaces="megatron.core.datasets.utils.compile_helpers",
         why="it runs make in a folder whose Makefile is not in the wheel",
         apply=megatron_core.use_compiled_helpers,
+    ),
+    Patch(
+        replaces="megatron.core.extensions.transformer_engine.TE*",
+        why="without Transformer Engine they are mocks or None, and no spec of them can be built",
+        apply=transformer_engine.name_stand_ins,
     ),
 )
 

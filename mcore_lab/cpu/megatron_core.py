@@ -28,6 +28,8 @@ _MODULES = (
     "megatron.core.datasets.gpt_dataset",
     "megatron.core.datasets.blended_megatron_dataset_builder",
     "megatron.core.tokenizers.text",
+    # What stands in for Transformer Engine where it is missing.
+    "mcore_lab.backends.transformer_engine",
     # Every optimizer imports it when it is made.
     "torch._dynamo",
 )

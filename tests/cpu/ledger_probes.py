@@ -205,6 +205,11 @@ def _helpers() -> bool:
     return _raises(utils.compile_helpers)
 
 
+def _te_layers() -> bool:
+    te = importlib.import_module("megatron.core.extensions.transformer_engine")
+    return not isinstance(te.TELinear, type) and te.TEGroupedLinear is None
+
+
 def _on_two_ranks(probe: Callable[[], bool]) -> Callable[[], bool]:
     return lambda: all(launch(probe, 2, timeout=_SECONDS))
 
@@ -241,6 +246,7 @@ PROBES: dict[str, Callable[[], bool]] = {
     "megatron.core.transformer.multi_latent_attention.HAVE_TE": _te_in_latent_attention,
     "megatron.core.transformer.moe.moe_utils.maybe_move_tensor_to_cpu": _numpy,
     "megatron.core.datasets.utils.compile_helpers": _helpers,
+    "megatron.core.extensions.transformer_engine.TE*": _te_layers,
 }
 """What each entry `replaces`, and a function that says whether upstream still needs it replaced."""
 

@@ -1,0 +1,191 @@
+"""Megatron-Core's Transformer Engine specs run without it, and nothing in them has another name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from on_ranks import on_ranks
+from te_gpt import CP2, TP2, Model, Outcome, loss_and_gradients, sequential_name, step
+
+from mcore_lab.runtime import launch
+
+ATTENTION = [
+    "self_attention.linear_proj.weight",
+    "self_attention.linear_qkv.layer_norm_weight",
+    "self_attention.linear_qkv.weight",
+]
+MLP = ["mlp.linear_fc1.layer_norm_weight", "mlp.linear_fc1.weight", "mlp.linear_fc2.weight"]
+MOE = [
+    "pre_mlp_layernorm.weight",
+    "mlp.router.weight",
+    "mlp.shared_experts.linear_fc1.weight",
+    "mlp.shared_experts.linear_fc2.weight",
+]
+BIASES = [
+    "mlp.linear_fc1.bias",
+    "mlp.linear_fc1.layer_norm_bias",
+    "mlp.linear_fc2.bias",
+    "self_attention.linear_proj.bias",
+    "self_attention.linear_qkv.bias",
+    "self_attention.linear_qkv.layer_norm_bias",
+]
+LAYER_NORM = ["self_attention.linear_qkv.layer_norm_bias", "pre_mlp_layernorm.bias"]
+NORM = ("weight", "bias")
+LINEARS = ("linear_fc1", "linear_fc2")
+
+LAYERS = {
+    "dense": [*ATTENTION, *MLP, *BIASES],
+    "rms": [
+        *ATTENTION,
+        *MLP,
+        "self_attention.q_layernorm.weight",
+        "self_attention.k_layernorm.weight",
+    ],
+    "experts": [
+        *ATTENTION,
+        *MOE,
+        *LAYER_NORM,
+        *(f"mlp.experts.local_experts.{e}.{fc}.weight" for e in range(4) for fc in LINEARS),
+    ],
+    "grouped": [
+        *ATTENTION,
+        *MOE,
+        *LAYER_NORM,
+        *(f"mlp.experts.{fc}.weight{e}" for e in range(4) for fc in LINEARS),
+    ],
+    "latent": [
+        *MLP,
+        "input_layernorm.weight",
+        "self_attention.linear_proj.weight",
+        "self_attention.linear_q_down_proj.weight",
+        "self_attention.linear_q_up_proj.layer_norm_weight",
+        "self_attention.linear_q_up_proj.weight",
+        "self_attention.linear_kv_down_proj.weight",
+        "self_attention.linear_kv_up_proj.layer_norm_weight",
+        "self_attention.linear_kv_up_proj.weight",
+    ],
+}
+"""Parameters of the last layer as Transformer Engine's layers have them."""
+
+TE_TO_TORCH = {
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+    "linear_q_up_proj.layer_norm_": "q_layernorm.",
+    "linear_kv_up_proj.layer_norm_": "kv_layernorm.",
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@on_ranks(1)
+def test_parameters_have_transformer_engines_names(kind: str) -> None:
+    with Model(kind=kind).ranks() as gpt:
+        names = [name for name, _ in gpt.decoder.layers[1].named_parameters()]
+        assert sorted(names) == sorted(LAYERS[kind])
+
+
+@on_ranks(1)
+def test_predicting_layers_have_transformer_engines_names() -> None:
+    with Model(kind="predicting").ranks() as gpt:
+        [layer] = gpt.mtp.layers
+        norms = [f"{norm}norm.{name}" for norm in ("e", "h", "final_layer") for name in NORM]
+        # Megatron-Core names the layer in it transformer_layer, and mtp_model_layer in 0.19.
+        names = [name.rpartition("_layer.")[2] for name, _ in layer.named_parameters()]
+        assert sorted(names) == sorted([*norms, "eh_proj.weight", *LAYERS["dense"]])
+
+
+@on_ranks(1)
+def test_a_fused_norm_comes_before_its_linear_layer_as_optimizers_number_parameters() -> None:
+    with Model().ranks() as gpt:
+        names = [name for name, _ in gpt.decoder.layers[0].mlp.linear_fc1.named_parameters()]
+        assert names == ["layer_norm_weight", "layer_norm_bias", "weight", "bias"]
+
+
+def torch_name(name: str) -> str:
+    """Return a parameter's name in the torch backend, whose experts are sequential."""
+    for theirs, ours in TE_TO_TORCH.items():
+        name = name.replace(theirs, ours)
+    return sequential_name(name)
+
+
+def compare_with_torch_backend(kind: str, sizes: dict[str, Any]) -> None:
+    """Give the GPT of one spec the weights of the other's; take a step with both."""
+    with Model(kind=kind, sizes=sizes).ranks() as gpt:
+        sequential = kind.replace("grouped", "experts")
+        other = Model(kind=sequential, transformer_engine=False, sizes=sizes).build(seed=12)
+        theirs = dict(other.named_parameters())
+        with torch.no_grad():
+            for name, parameter in gpt.named_parameters():
+                parameter.add_(torch.randn_like(parameter) / 50)
+                theirs.pop(torch_name(name)).copy_(parameter)
+        assert not theirs
+        found, expected = step(gpt), step(other)
+        assert found.loss == pytest.approx(expected.loss, rel=1e-6)
+        for name, grad in found.grads.items():
+            largest = float(expected.grads[torch_name(name)].abs().max())
+            assert largest > 0
+            torch.testing.assert_close(
+                grad, expected.grads[torch_name(name)], rtol=0, atol=1e-6 * largest
+            )
+
+
+@pytest.mark.parametrize("kind", ["dense", "rms", "experts", "grouped", "latent", "predicting"])
+@on_ranks(1)
+def test_a_step_is_that_of_the_torch_backend(kind: str) -> None:
+    compare_with_torch_backend(kind, {})
+
+
+@pytest.mark.parametrize("kind", ["dense", "rms", "experts", "grouped"])
+@on_ranks(2)
+def test_a_step_on_two_ranks_is_that_of_the_torch_backend(kind: str) -> None:
+    compare_with_torch_backend(kind, TP2)
+
+
+def check_against_one_rank(kind: str, sizes: dict[str, Any]) -> None:
+    [of_one] = launch(loss_and_gradients, 1, Model(kind=kind), timeout=60)
+    of_ranks: list[Outcome] = launch(
+        loss_and_gradients, 2, Model(kind=kind, sizes=sizes), timeout=60
+    )
+    for rank, found in enumerate(of_ranks):
+        assert found.loss == pytest.approx(of_one.loss, rel=1e-6)
+        for name, grad in found.grads.items():
+            expected = of_one.grads[name]
+            largest = float(expected.abs().max())
+            if name in found.split and "tensor_model_parallel_size" in sizes:
+                expected = expected.chunk(2, dim=found.split[name])[rank]
+            torch.testing.assert_close(
+                grad, expected, rtol=0, atol=2e-5 * largest, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+@pytest.mark.parametrize("kind", ["dense", "latent"])
+def test_tensor_parallel_ranks_are_one(kind: str) -> None:
+    check_against_one_rank(kind, TP2)
+
+
+@pytest.mark.parametrize("kind", ["rms", "latent"])
+def test_context_parallel_ranks_are_one(kind: str) -> None:
+    check_against_one_rank(kind, CP2)
+
+
+@on_ranks(2)
+def test_a_spec_of_one_layer_ends_in_a_norm_that_takes_sequence_parallelism() -> None:
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_layer_with_transformer_engine_spec,
+    )
+
+    model = Model(sizes=TP2)
+    with model.ranks() as gpt:
+        torch.manual_seed(11)
+        spec = get_gpt_layer_with_transformer_engine_spec()
+        other = GPTModel(
+            model.config(),
+            spec,
+            vocab_size=64,
+            max_sequence_length=64,
+            position_embedding_type="rope",
+            share_embeddings_and_output_weights=True,
+        )
+        assert step(other).loss == step(gpt).loss
