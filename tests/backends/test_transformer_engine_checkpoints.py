@@ -19,21 +19,22 @@ def weights(model: Model) -> dict[str, torch.Tensor]:
         return _weights(gpt)
 
 
-def save(model: Model, folder: Path) -> dict[str, torch.Tensor]:
+def save(model: Model, folder: Path, apart: bool = False) -> dict[str, torch.Tensor]:
+    """Save; with `apart` each expert, and each half of its gate, has a name of its own."""
     from megatron.core import dist_checkpointing
 
     with model.ranks() as gpt:
-        dist_checkpointing.save(gpt.sharded_state_dict(metadata=_metadata()), str(folder))
+        dist_checkpointing.save(gpt.sharded_state_dict(metadata=_metadata(apart)), str(folder))
         return _weights(gpt)
 
 
-def load(model: Model, folder: Path) -> dict[str, torch.Tensor]:
+def load(model: Model, folder: Path, apart: bool = False) -> dict[str, torch.Tensor]:
     """Load into a GPT of other weights; any name that only one side has is an error."""
     from megatron.core import dist_checkpointing
 
     with model.ranks():
         gpt = model.build(seed=12)
-        sharded = gpt.sharded_state_dict(metadata=_metadata())
+        sharded = gpt.sharded_state_dict(metadata=_metadata(apart))
         gpt.load_state_dict(dist_checkpointing.load(sharded, str(folder), strict="raise_all"))
         return _weights(gpt)
 
@@ -42,11 +43,11 @@ def _weights(gpt: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in gpt.named_parameters()}
 
 
-def _metadata() -> dict[str, Any]:
+def _metadata(apart: bool = False) -> dict[str, Any]:
     from megatron.core import parallel_state
 
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    return {"dp_cp_group": group, "singleton_local_shards": False}
+    return {"dp_cp_group": group, "singleton_local_shards": apart}
 
 
 @pytest.mark.parametrize(
@@ -65,9 +66,12 @@ def test_a_checkpoint_of_two_ranks_loads_on_one(
         assert torch.equal(tensor, expected[name]), name
 
 
-def test_grouped_and_sequential_experts_read_each_others_checkpoints(tmp_path: Path) -> None:
-    [saved] = launch(save, 1, Model(kind="experts"), tmp_path, timeout=60)
-    loaded = launch(load, 2, Model(kind="grouped", sizes=EP2), tmp_path, timeout=60)
+@pytest.mark.parametrize("apart", [False, True], ids=["one tensor", "apart"])
+def test_grouped_experts_read_the_checkpoint_of_sequential_ones(
+    apart: bool, tmp_path: Path
+) -> None:
+    [saved] = launch(save, 1, Model(kind="experts"), tmp_path, apart, timeout=60)
+    loaded = launch(load, 2, Model(kind="grouped", sizes=EP2), tmp_path, apart, timeout=60)
     for rank, of_rank in enumerate(loaded):
         for name, tensor in of_rank.items():
             assert torch.equal(tensor, saved[sequential_name(name, first=2 * rank)]), name
