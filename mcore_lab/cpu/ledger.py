@@ -153,6 +153,11 @@ MEGATRON = (
         apply=megatron_core.import_without_torch_compile,
     ),
     Patch(
+        replaces="megatron.core.parallel_state.destroy_model_parallel",
+        why="it leaves groups behind that cost nothing with NCCL; Gloo's threads go on polling",
+        apply=megatron_core.destroy_groups_of_nccl,
+    ),
+    Patch(
         replaces="megatron.core.tensor_parallel.random.CudaRNGStatesTracker.fork",
         why="draws inside a fork come from the device's random stream, not from the CPU's",
         apply=megatron_core.fork_draws_on_device,

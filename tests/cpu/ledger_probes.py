@@ -158,6 +158,14 @@ def _jit_fuser() -> bool:
     return hasattr(jit_fuser(lambda x: x), "_torchdynamo_orig_callable")
 
 
+def _groups_left_behind() -> bool:
+    state = importlib.import_module("megatron.core.parallel_state")
+    dist.init_process_group("gloo")
+    state.initialize_model_parallel()
+    state.destroy_model_parallel()
+    return len(dist.distributed_c10d._world.pg_map) > 1
+
+
 def _tracker_fork() -> bool:
     cuda_api.install_cuda()
     random = importlib.import_module("megatron.core.tensor_parallel.random")
@@ -236,6 +244,7 @@ PROBES: dict[str, Callable[[], bool]] = {
     "torch.distributed.reduce_scatter_tensor": _on_two_ranks(_stacked_input),
     "torch.distributed.all_gather": _on_two_ranks(_uneven),
     "megatron.core.jit.jit_fuser": _jit_fuser,
+    "megatron.core.parallel_state.destroy_model_parallel": _on_two_ranks(_groups_left_behind),
     "megatron.core.tensor_parallel.random.CudaRNGStatesTracker.fork": _tracker_fork,
     "megatron.core.tensor_parallel.random.CheckpointWithoutOutput.__init__": (
         _recomputation_asks_for_fp8
