@@ -114,6 +114,11 @@ TORCH = (
         apply=placement.make_generators_on_cpu,
     ),
     Patch(
+        replaces="torch.distributed.DeviceMesh.__init__",
+        why="a mesh of 'cuda' has FSDP look for parameters there, and they are on the CPU",
+        apply=placement.meshes_on_cpu,
+    ),
+    Patch(
         replaces="torch.autocast, is_autocast_enabled, get_autocast_dtype",
         why="torch.autocast('cuda') leaves operations on CPU tensors in their own type",
         apply=placement.autocast_on_cpu,

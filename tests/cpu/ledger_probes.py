@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from mcore_lab import cpu
@@ -113,6 +114,14 @@ def _default_device() -> bool:
 
 def _generator() -> bool:
     return _raises(lambda: torch.Generator(device="cuda"))
+
+
+def _mesh() -> bool:
+    cuda_api.install_cuda()
+    with CudaOnCpu():
+        _init_one_rank("gloo")
+        mesh = dist.DeviceMesh.from_group(dist.group.WORLD, "cuda")
+        return _raises(lambda: fully_shard(torch.nn.Linear(1, 1), mesh=mesh))
 
 
 def _autocast() -> bool:
@@ -237,6 +246,7 @@ PROBES: dict[str, Callable[[], bool]] = {
     "torch.UntypedStorage.to, cuda": _load_to_cuda,
     "torch.set_default_device": _default_device,
     "torch.Generator": _generator,
+    "torch.distributed.DeviceMesh.__init__": _mesh,
     "torch.autocast, is_autocast_enabled, get_autocast_dtype": _autocast,
     "torch.distributed.init_process_group, new_group": _nccl,
     "torch.distributed.ProcessGroupNCCL": _nccl_options,
