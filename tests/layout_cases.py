@@ -447,6 +447,21 @@ WRONG = {
         "use --data.global-batch-size 12 or 20, or --data.micro-batch-size 2",
         mended={"data": {"global_batch_size": 20}},
     ),
+    "a_recomputed_mlp_with_a_bias": Wrong(
+        model=transformer(
+            recompute_granularity="selective", recompute_modules=["core_attn", "mlp"]
+        ),
+        says="a recomputed mlp must have no bias, or its backward pass never ends: "
+        "recompute_modules core_attn, mlp, add_bias_linear True; "
+        "use --model.transformer.add_bias_linear False, or recompute_modules without mlp",
+        mended={
+            "model": transformer(
+                recompute_granularity="selective",
+                recompute_modules=["core_attn", "mlp"],
+                add_bias_linear=False,
+            )
+        },
+    ),
     "a_group_of_micro_batches_below_the_stages": Wrong(
         layout={"pp": 2, "vpp": 2},
         world=2,

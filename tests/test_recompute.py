@@ -62,6 +62,15 @@ def test_recomputation_of_pipeline_stages_trains_as_on_one_rank(
     assert small.agrees_with(small.on("2 ranks: pp2", tmp_path, **WAYS["full, uniform"]))
 
 
+def test_a_feed_forward_layer_without_a_bias_is_computed_again_too(tmp_path: Path) -> None:
+    """With a bias its backward pass would never end; a rule refuses that."""
+    fields = SMALL.model.transformer | {"add_bias_linear": False}
+    recipe = changed(SMALL, model={"num_layers": 2, "transformer": fields}, training={"steps": 2})
+    small = OneRank(recipe, tmp_path / "one")
+    again = {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]}
+    assert small.agrees_with(small.on(LAYOUT, tmp_path, **again))
+
+
 def test_it_is_computed_again(
     small: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
