@@ -12,7 +12,7 @@ import pytest
 import torch
 from megatron_lm import megatron_lm, python_path
 
-TEST_FILE = Path(__file__).parent / "scripts" / "cuda_test.py"
+TEST_FILE = Path(__file__).parent / "scripts" / "tests_for_cuda.py"
 PLUGIN = ("-p", "mcore_lab.cpu.pytest_plugin")
 
 
