@@ -213,3 +213,34 @@ def router_coefficients(fields: Mapping[str, Any], micro_batch_size: int) -> dic
         case [*each], [*balances] if len(each) == len(balances):
             found["moe_aux_loss_coeff"] = list(map(whole, each, balances))
     return found
+
+
+def take_auxiliary_losses() -> dict[str, list[float]]:
+    """Return what the routers have reported since the last call, a number a layer, and forget it.
+
+    Reduced over ranks as Megatron-Core does for its log, and summed over micro-batches. Every rank
+    calls this. What not every rank has reported, where a stage has no experts, is left out: the
+    reduction would wait for it. From 0.17 on a class keeps what was a dictionary of dictionaries.
+    """
+    import torch.distributed as dist
+    from megatron.core.transformer.moe import moe_utils
+
+    is_class = hasattr(moe_utils, "get_moe_metrics_tracker")
+    reported: Any = (
+        moe_utils.get_moe_metrics_tracker().metrics
+        if is_class
+        else moe_utils.get_moe_layer_wise_logging_tracker()
+    )
+    of_ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, set(reported))
+    names = sorted(set.intersection(*of_ranks))
+    if is_class:
+        tracker = moe_utils.get_moe_metrics_tracker()
+        tracker._sync_metrics(names)
+        found = {name: tracker.metrics[name].values.tolist() for name in names}
+        tracker.clear()
+    else:
+        moe_utils.reduce_aux_losses_tracker_across_ranks(names)
+        found = {name: reported[name]["values"].tolist() for name in names}
+        moe_utils.clear_aux_losses_tracker()
+    return found
