@@ -86,6 +86,7 @@ def test_a_recipes_help_shows_its_own_values_without_colour_in_a_pipe(lab: Any) 
         ["run", "tp2_gpt", "--nproc", "2", "--tp", "3"],
         ["verify", "tp2_gpt", "--nproc", "2", "--tp", "3"],
         ["verify", "tp2_gpt", "--model.transformer.hidden-dropout", "0.1"],
+        ["compare", "runs/one", "runs/other"],
     ],
 )
 def test_what_starts_no_training_imports_neither_torch_nor_numpy(
