@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -152,7 +153,6 @@ def test_recipes_that_differ_are_compared_and_their_keys_are_named_but_not_the_l
 
 @pytest.mark.parametrize("suffix", ["svg", "png"])
 def test_the_plot_is_written_with_both_names_and_the_step(tmp_path: Path, suffix: str) -> None:
-    pytest.importorskip("matplotlib")
     one = written(tmp_path / "one", [3.0, 2.0, 1.0])
     other = written(tmp_path / "other", [3.0, 2.5, float("nan")])
     picture = tmp_path / f"plot.{suffix}"
@@ -166,7 +166,28 @@ def test_the_plot_is_written_with_both_names_and_the_step(tmp_path: Path, suffix
         assert f"<!-- {words} -->" in drawn
 
 
+def test_numbers_that_json_has_no_form_for_are_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, other = written(tmp_path / "one", [3.0]), written(tmp_path / "other", [float("nan")])
+    assert main(["compare", one, other, "--json"]) == 1
+    answer = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert answer["steps"][0]["loss"] == [3.0, "nan"]
+    assert answer["steps"][0]["loss_difference"] == "nan"
+
+
 # What is wrong.
+
+
+def test_a_plot_without_matplotlib_is_refused_with_the_command_that_adds_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    one = written(tmp_path / "one", [3.0])
+    assert main(["compare", one, one, "--plot", str(tmp_path / "plot.svg")]) == 2
+    said = capsys.readouterr()
+    assert said.err == "error: a plot needs matplotlib: pip install 'mcore-lab[plot]'\n"
+    assert not said.out and not (tmp_path / "plot.svg").exists()
 
 
 def test_what_cannot_be_compared_is_told_in_one_line(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -152,6 +153,16 @@ def test_what_names_and_notes_hold_is_text_and_not_html() -> None:
     html = verification_page(report.as_json())
     assert "&lt;i&gt;<small>1 &amp; 2</small>" in html and "<li>a &lt; b</li>" in html
     assert "<i>" not in html and "<title>&lt;b&gt; on 4 ranks</title>" in html
+
+
+def test_numbers_that_json_has_no_form_for_are_text_and_the_page_shows_them() -> None:
+    report = with_error("gradient", WEIGHTS[-1], math.nan, ratio=math.inf)
+    report = replace(report, losses=((4.5, math.nan),))
+    answer = json.loads(json.dumps(report.as_json(), allow_nan=False))
+    assert (answer["first"]["error"], answer["first"]["ratio"]) == ("nan", "inf")
+    (cell, _) = Page(verification_page(answer)).titled(WEIGHTS[-1])
+    assert (cell["class"], cell["text"]) == ("l8 off", "∞")
+    assert "error nan" in cell["title"] and "norm ratio inf" in cell["title"]
 
 
 @pytest.mark.parametrize(
