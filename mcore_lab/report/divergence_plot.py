@@ -51,7 +51,10 @@ def _draw_values(panel: Axes, curve: Curve, names: Sequence[str]) -> None:
 
 
 def _draw_differences(panel: Axes, curve: Curve) -> None:
-    panel.plot(curve.steps, curve.differences, color=_GREY, lw=1.3, marker=".", ms=4)
+    from matplotlib.ticker import MaxNLocator
+
+    # Not clipped: a difference of 0 lies on the axis itself.
+    panel.plot(curve.steps, curve.differences, color=_GREY, marker=".", ms=4, clip_on=False)
     panel.axhline(curve.tolerance, color=_ORANGE, ls="--", lw=1)
     panel.annotate(
         f"tolerance {curve.tolerance:.0e}",
@@ -66,6 +69,7 @@ def _draw_differences(panel: Axes, curve: Curve) -> None:
     panel.set_ylim(0, 3 * panel.get_ylim()[1])
     panel.set_title("relative difference", loc="left")
     panel.set_xlabel("step")
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     panel.spines[["top", "right"]].set_visible(False)
 
 
