@@ -18,7 +18,8 @@ from mcore_lab.report.tables import print_json, print_table
 if TYPE_CHECKING:
     from mcore_lab.verify import VerificationReport
 
-_WHAT = "Train a recipe on one rank and on its layout, from the same weights, and compare them."
+_WHAT = """Train a recipe on one rank and on its layout, from the same weights, and compare them.
+`mcore-lab verify --sweep --help` tells of every layout at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,10 @@ class VerifySettings(LaunchSettings):
 
 def main(argv: Sequence[str]) -> int:
     """Print what was compared and what is off; return 0 if all agrees, else 1."""
+    if "--sweep" in argv:
+        from mcore_lab.cli import sweep
+
+        return sweep.main(argv)
     arguments, nproc = recipe_arguments("verify", _WHAT, argv, VerifySettings)
     _require_verifiable(arguments, nproc)
 

@@ -16,6 +16,7 @@ from typing import Any
 from mcore_lab.config import Data, Model, Recipe, Training, recipe_to_toml
 from mcore_lab.errors import LabError
 from mcore_lab.layout import ParallelLayout
+from mcore_lab.runtime import choose_device
 from mcore_lab.verify.layouts import allowed_layouts
 from mcore_lab.verify.report import VerificationReport
 from mcore_lab.verify.run import Reference, layout_sizes
@@ -169,7 +170,8 @@ def _verified(
 ) -> Iterator[Outcome]:
     if not layouts:
         return
-    reference = Reference(recipe, folder, steps, timeout=_SECONDS)
+    device = choose_device(max(world for world, _ in layouts)).type
+    reference = Reference(recipe, folder, steps, timeout=_SECONDS, device=device)
     if workers == 1:
         yield from (_outcome(reference, recipe, *layout) for layout in layouts)
         return

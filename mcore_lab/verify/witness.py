@@ -75,6 +75,8 @@ class Witness(Recorder):
         """Keep the step's numbers."""
         self.snapshot.grad_norms.append(float(grad_norm))
         self.snapshot.learning_rates.append(lr)
+        if step == 1 and mtp_loss is not None:
+            self.snapshot.auxiliary_losses["multi-token prediction"] = [mtp_loss]
 
     def look_at_end(self, model: list[Any], optimizer: Any, scheduler: Any) -> None:
         """Keep the weights and Adam's moments."""
