@@ -6,6 +6,7 @@ CUDA device is used. A test holds for each entry that upstream still needs it.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +27,11 @@ from mcore_lab.cpu import (
 from mcore_lab.cpu.replace import update_importers
 
 
+@functools.cache
+def _megatron_version() -> str:
+    return importlib.metadata.version("megatron-core")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Patch:
     """One change to torch or Megatron-Core."""
@@ -44,7 +50,7 @@ class Patch:
     @property
     def is_for_this(self) -> bool:
         """Whether the patch is meant for the installed Megatron-Core and torch."""
-        version = importlib.metadata.version("megatron-core")
+        version = _megatron_version()
         build = "cuda" if torch.backends.cuda.is_built() else "cpu"
         return self.torch_build in (None, build) and SpecifierSet(self.versions).contains(
             version, prereleases=True

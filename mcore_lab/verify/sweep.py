@@ -38,7 +38,14 @@ _SHAPE: dict[str, Any] = {
     "vocab_size": 128,
     "position_embedding_type": "rope",
 }
-_DATA = Data(sequence_length=16, micro_batch_size=1, global_batch_size=8)
+_DATA = Data(
+    sequence_length=16,
+    micro_batch_size=1,
+    global_batch_size=8,
+    # Every rank shuffles all that Megatron-Core's mock documents hold: of their own length, for
+    # most of the time that a layout takes.
+    mock_document_length=64,
+)
 
 DENSE = Recipe(
     name="dense",
