@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +20,8 @@ from mcore_lab.runtime.together import fail_together
 from mcore_lab.training.console import Console
 from mcore_lab.training.metrics import StepMetrics, peak_memory_bytes
 from mcore_lab.training.run_folder import RunFolder
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +61,7 @@ class Recorder:
             if world.is_first:
                 self.folder.begin(self._recipe_toml, fresh=self._fresh, first_step=first_step)
         self._log.write_to(self.folder.logs)
+        _LOGGER.info("rank %d of %d, process %d", world.rank, world.size, os.getpid())
         device = world.device
         self._console.begin(first_step, recipe.training.steps)
         self._console.say(f"{recipe.name}: {world.size} ranks, run folder {self.folder.path}")

@@ -86,7 +86,7 @@ def test_every_rank_keeps_a_log(tmp_path: Path) -> None:
     run(SMALL, 2, tmp_path / "run")
     for rank in (0, 1):
         log = (tmp_path / "run" / "logs" / f"rank-{rank}.log").read_text()
-        assert "megatron" in log
+        assert f"mcore_lab.training.recorder: rank {rank} of 2, process " in log
     assert "DistributedDataParallel" in (tmp_path / "run" / "logs" / "rank-0.log").read_text()
 
 
