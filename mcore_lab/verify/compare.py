@@ -49,24 +49,37 @@ def compare(reference: Snapshot, candidate: Snapshot, allowed: Tolerances) -> li
     return [
         *_tensors("initial weight", reference.initial_weights, candidate.initial_weights, 0.0),
         *_tensors("activation", reference.activations, candidate.activations, allowed.activation),
-        *_copies(candidate, allowed),
-        *_losses(reference, candidate, allowed, slice(0, 1)),
-        *_auxiliary(reference, candidate, allowed),
-        *_gradients(reference, candidate, allowed),
-        *_numbers("grad norm", reference.grad_norms, candidate.grad_norms, allowed.gradient),
-        *_numbers("learning rate", reference.learning_rates, candidate.learning_rates, 1e-12),
-        *_losses(reference, candidate, allowed, slice(1, None)),
+        *_copies("", candidate, reference.activations, allowed.activation),
+        *_steps(reference, candidate, allowed),
         *_moments(reference, candidate, allowed),
         *_weights(reference, candidate, allowed),
+        *_copies("weight ", candidate, reference.weights, allowed.gradient),
     ]
 
 
+def _steps(reference: Snapshot, candidate: Snapshot, allowed: Tolerances) -> Iterator[Verdict]:
+    for step in range(len(reference.losses)):
+        yield from _losses(reference, candidate, allowed, step)
+        if step == 0:
+            yield from _auxiliary(reference, candidate, allowed)
+            yield from _gradients(reference, candidate, allowed)
+        for kind, of_steps, tolerance in (
+            ("grad norm", "grad_norms", allowed.gradient),
+            ("learning rate", "learning_rates", 1e-12),
+        ):
+            expected, there = getattr(reference, of_steps), getattr(candidate, of_steps)
+            place = slice(step, step + 1)
+            yield from _numbers(
+                kind, expected[place], there[place], tolerance, names=[f"step {step + 1}"]
+            )
+
+
 def _tensors(
-    kind: str, reference: Tensors, candidate: Tensors, tolerance: float, *, backward: bool = False
+    kind: str, reference: Tensors, candidate: Tensors, tolerance: float
 ) -> Iterator[Verdict]:
     names = list(reference)
     if kind != "activation":
-        names.sort(key=forward_place, reverse=backward)
+        names.sort(key=forward_place)
     floor = _NEGLIGIBLE * float(sum(t.double().square().sum() for t in reference.values())) ** 0.5
     for name in names:
         if name not in candidate:
@@ -93,39 +106,36 @@ def _difference(
     return (apart / scale if scale else apart), ratio
 
 
-def _gradients(reference: Snapshot, candidate: Snapshot, allowed: Tolerances) -> Iterator[Verdict]:
-    tolerance = allowed.gradient
-    yield from _tensors(
-        "gradient", reference.gradients, candidate.gradients, tolerance, backward=True
-    )
+def _gradients(reference: Snapshot, candidate: Snapshot, allowed: Tolerances) -> list[Verdict]:
+    """Judge gradients and copies of them together: a layer's before those of the layers below."""
+    of, tolerance = "gradient of ", allowed.gradient
+    verdicts = [
+        *_copies(of, candidate, reference.gradients, tolerance),
+        *_tensors("gradient", reference.gradients, candidate.gradients, tolerance),
+    ]
+    # Sorting keeps the order of equals, so that copies come before what one of them is.
+    verdicts.sort(key=lambda verdict: forward_place(verdict.name.removeprefix(of)), reverse=True)
+    return verdicts
 
 
-def _copies(candidate: Snapshot, allowed: Tolerances) -> Iterator[Verdict]:
+def _copies(of: str, candidate: Snapshot, tensors: Tensors, tolerance: float) -> Iterator[Verdict]:
     """Judge what several ranks hold and should hold alike."""
-    for name, (spread, where) in candidate.torn.items():
-        yield Verdict(
-            kind="copies",
-            name=name,
-            error=spread,
-            tolerance=allowed.gradient,
-            note=f"ranks {where} hold different copies",
-        )
+    for name in tensors:
+        spread, where = candidate.torn.get(of + name, (0.0, ""))
+        if spread > 0:
+            note = f"ranks {where} hold different copies"
+            yield Verdict(
+                kind="copies", name=of + name, error=spread, tolerance=tolerance, note=note
+            )
 
 
 def _losses(
-    reference: Snapshot, candidate: Snapshot, allowed: Tolerances, steps: slice
+    reference: Snapshot, candidate: Snapshot, allowed: Tolerances, step: int
 ) -> Iterator[Verdict]:
-    numbers = range(len(reference.losses))[steps]
-    for step in numbers:
-        there = candidate.losses[step] if step < len(candidate.losses) else []
-        expected = reference.losses[step]
-        yield from _numbers(
-            "loss",
-            expected,
-            there,
-            allowed.loss * (step + 1) ** 0.5,
-            names=[f"step {step + 1}, micro-batch {n + 1}" for n in range(len(expected))],
-        )
+    expected = reference.losses[step]
+    there = candidate.losses[step] if step < len(candidate.losses) else []
+    names = [f"step {step + 1}, micro-batch {n + 1}" for n in range(len(expected))]
+    yield from _numbers("loss", expected, there, allowed.loss * (step + 1) ** 0.5, names=names)
 
 
 def _auxiliary(reference: Snapshot, candidate: Snapshot, allowed: Tolerances) -> Iterator[Verdict]:
@@ -140,9 +150,9 @@ def _numbers(
     reference: list[float],
     candidate: list[float],
     tolerance: float,
-    names: list[str] | None = None,
+    *,
+    names: list[str],
 ) -> Iterator[Verdict]:
-    names = names or [f"step {step + 1}" for step in range(len(reference))]
     for place, (name, expected) in enumerate(zip(names, reference, strict=True)):
         got = candidate[place] if place < len(candidate) else torch.nan
         error = abs(got - expected) / abs(expected) if expected else abs(got)
