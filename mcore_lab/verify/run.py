@@ -7,10 +7,14 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from mcore_lab.backends import Backend
 from mcore_lab.checkpoint import step_folder
 from mcore_lab.config import Recipe
 from mcore_lab.layout import ParallelLayout
-from mcore_lab.model import BuildChunk, gpt_chunk
+from mcore_lab.model import BuildChunk, Stage, gpt_chunk
 from mcore_lab.recipes.story import train
 from mcore_lab.runtime import RankLog, choose_device, launch, process_group
 from mcore_lab.training.forward import ForwardStep, forward_step
@@ -105,8 +109,29 @@ def _rank(
 ) -> Snapshot:
     with RankLog(int(os.environ["RANK"])) as log, process_group() as world:
         witness = Witness(log, initial)
+        if initial:
+            build = _with_no_constants(build)
         train(recipe, world, witness, build=build, forward_step=forward_step)
         return witness.snapshot
+
+
+def _with_no_constants(build: BuildChunk) -> BuildChunk:
+    """Draw the weights that start as zeros or ones too, such as biases and those of norms.
+
+    A bias of zero may be added twice, and a norm's weight of one be another's, without a trace.
+    """
+
+    def built(
+        recipe: Recipe, config: TransformerConfig, stage: Stage, backend: Backend, vocab_size: int
+    ) -> torch.nn.Module:
+        chunk = build(recipe, config, stage, backend, vocab_size)
+        with torch.no_grad():
+            for weight in chunk.parameters():
+                if bool((weight == weight.flatten()[0]).all()):
+                    weight.add_(torch.randn_like(weight), alpha=config.init_method_std)
+        return chunk
+
+    return built
 
 
 def layout_sizes(layout: ParallelLayout, nproc: int) -> dict[str, int | bool]:
