@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -177,13 +177,14 @@ def _of_moment(snapshot: Snapshot, moment: str) -> Tensors:
 
 def _weights(reference: Snapshot, candidate: Snapshot, allowed: Tolerances) -> Iterator[Verdict]:
     squares = _of_moment(reference, "exp_avg_sq")
+    roots = {name: square.double().sqrt() for name, square in squares.items()}
     for name in sorted(reference.weights, key=forward_place):
         start, end = reference.initial_weights[name], reference.weights[name]
         there = candidate.weights.get(name)
         if there is None or there.shape != end.shape:
             yield _missing("weight", name, allowed.update)
             continue
-        counts, noisy = _signal(squares.get(name), allowed.noise)
+        counts, noisy = _signal([reference.gradients.get(name), roots.get(name)], allowed.noise)
         moved, apart = (end - start).double() * counts, (there - end).double() * counts
         norm = float(moved.norm())
         error = float(apart.norm()) / norm if norm else float(apart.norm())
@@ -194,10 +195,14 @@ def _weights(reference: Snapshot, candidate: Snapshot, allowed: Tolerances) -> I
         )
 
 
-def _signal(squares: torch.Tensor | None, noise: float) -> tuple[torch.Tensor, int]:
-    """Return 1 for each element whose gradients are above noise, and how many are not."""
-    if squares is None:
-        return torch.ones(()), 0
-    roots = squares.double().sqrt()
-    counts = roots > noise * float(roots.square().mean().sqrt())
+def _signal(sizes: Sequence[torch.Tensor | None], noise: float) -> tuple[torch.Tensor, int]:
+    """Return 1 for each element whose gradients are above noise, and how many are not.
+
+    They must be so in the first step, when Adam makes all of them the same size, and on the whole.
+    """
+    counts = torch.ones((), dtype=torch.bool)
+    for size in sizes:
+        if size is not None:
+            size = size.double().abs()
+            counts = counts & (size > noise * float(size.square().mean().sqrt()))
     return counts.double(), int((~counts).sum())
