@@ -113,7 +113,25 @@ def _experts(off: Sequence[Verdict], recipe: Recipe, world_size: int) -> Iterato
     if off[0] in gradients and all("experts." in verdict.name for verdict in gradients):
         yield (
             "only experts are off: their gradients are summed over expert-data-parallel ranks, and "
-            "Megatron-Core 0.16 takes the others where etp is not tp"
+            "Megatron-Core 0.16 takes the others where etp is not tp and ep is 1 (Megatron-LM "
+            "#5916)"
+        )
+
+
+def _upstream(off: Sequence[Verdict], recipe: Recipe, world_size: int) -> Iterator[str]:
+    """Look for what Megatron-Core is known to do wrong where it is first off."""
+    layout, first = recipe.layout, off[0]
+    name = first.name if first.kind in ("gradient", "copies") else ""
+    if layout.tp > 1 and "linear_kv_down_proj" in name:
+        yield (
+            "Megatron-Core leaves the gradient of the rotary keys, which all heads share, a part "
+            "on each tensor-parallel rank (Megatron-LM #1699)"
+        )
+    if layout.cp > 1 and "mtp." in name:
+        yield (
+            "Megatron-Core 0.19 weighs the losses of multi-token prediction by the tokens of each "
+            "context-parallel rank, of which the one with the end of the sequence has fewer "
+            "(Megatron-LM #7498)"
         )
 
 
@@ -122,7 +140,8 @@ def _norm_alone(off: Sequence[Verdict], recipe: Recipe, world_size: int) -> Iter
     if "grad norm" in kinds and not kinds & {"gradient", "activation", "loss", "copies"}:
         yield (
             "every gradient is right and their norm is not, so clipping is wrong: some are left "
-            "out or counted twice (Megatron-Core 0.16 leaves out experts where etp is not tp)"
+            "out or counted twice (Megatron-Core 0.16 leaves out experts where etp is not tp, "
+            "Megatron-LM #5916)"
         )
 
 
@@ -167,6 +186,7 @@ _SIGNATURES: tuple[Signature, ...] = (
     _not_finalized,
     _shared_parts,
     _experts,
+    _upstream,
     _norm_alone,
     _interleaved,
     _update,
