@@ -25,8 +25,8 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 """Names that stand for a `torch.dtype`."""
 
 
-class TransformerField(NamedTuple):
-    """A field of `TransformerConfig` that a plain value can set."""
+class ConfigField(NamedTuple):
+    """A field of one of Megatron-Core's configurations that a plain value can set."""
 
     annotation: Any
     """Its type in plain values: an enum's members and a dtype are given by name."""
@@ -35,7 +35,7 @@ class TransformerField(NamedTuple):
 
 
 @functools.cache
-def transformer_fields(multi_latent_attention: bool = False) -> dict[str, TransformerField]:
+def transformer_fields(multi_latent_attention: bool = False) -> dict[str, ConfigField]:
     """Return the settable fields of the installed `TransformerConfig`, by name.
 
     They are read from Megatron-Core's source: that takes milliseconds, its import seconds.
@@ -44,19 +44,33 @@ def transformer_fields(multi_latent_attention: bool = False) -> dict[str, Transf
 
     Raises ModuleNotFoundError if Megatron-Core is not installed.
     """
-    core = megatron_core_folder()
-    classes = {
-        node.name: node
-        for file in ("model_parallel_config.py", "transformer/transformer_config.py")
-        for node in ast.parse((core / file).read_text(encoding="utf-8")).body
-        if isinstance(node, ast.ClassDef)
-    }
-    names = _Names(_enum_choices(core / "transformer" / "enums.py"))
-    found: dict[str, TransformerField] = {}
-    for name in ("ModelParallelConfig", "TransformerConfig", "MLATransformerConfig"):
-        if name != "MLATransformerConfig" or multi_latent_attention:
-            found |= _fields(classes[name], names)
+    found = _fields_of("model_parallel_config.py", "ModelParallelConfig")
+    found |= _fields_of("transformer/transformer_config.py", "TransformerConfig")
+    if multi_latent_attention:
+        found |= _fields_of("transformer/transformer_config.py", "MLATransformerConfig")
     return found
+
+
+@functools.cache
+def ddp_fields() -> dict[str, ConfigField]:
+    """Return the settable fields of the installed `DistributedDataParallelConfig`, by name."""
+    file = "distributed/distributed_data_parallel_config.py"
+    return _fields_of(file, "DistributedDataParallelConfig")
+
+
+@functools.cache
+def optimizer_fields() -> dict[str, ConfigField]:
+    """Return the settable fields of the installed `OptimizerConfig`, by name."""
+    return _fields_of("optimizer/optimizer_config.py", "OptimizerConfig")
+
+
+def _fields_of(file: str, name: str) -> dict[str, ConfigField]:
+    core = megatron_core_folder()
+    names = _Names(_enum_choices(core / "transformer" / "enums.py"))
+    for node in ast.parse((core / file).read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            return _fields(node, names)
+    raise AttributeError(f"{core / file} has no class {name}")
 
 
 def megatron_core_folder() -> Path:
@@ -100,7 +114,7 @@ def _enum_choices(file: Path) -> dict[str, Any]:
     return choices
 
 
-def _fields(node: ast.ClassDef, names: _Names) -> dict[str, TransformerField]:
+def _fields(node: ast.ClassDef, names: _Names) -> dict[str, ConfigField]:
     found = {}
     for item, after in zip(node.body, [*node.body[1:], None], strict=True):
         if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
@@ -109,7 +123,7 @@ def _fields(node: ast.ClassDef, names: _Names) -> dict[str, TransformerField]:
             written = eval(ast.unparse(item.annotation), {"__builtins__": {}}, names)
             plain = typing.Literal[ACTIVATIONS] if name == "activation_func" else _plain(written)
             if plain is not _Object and not name.startswith("_"):
-                found[name] = TransformerField(plain, _doc(after))
+                found[name] = ConfigField(plain, _doc(after))
     return found
 
 
@@ -198,4 +212,35 @@ def router_coefficients(fields: Mapping[str, Any], micro_batch_size: int) -> dic
             found["moe_aux_loss_coeff"] = whole(kind, balance)
         case [*each], [*balances] if len(each) == len(balances):
             found["moe_aux_loss_coeff"] = list(map(whole, each, balances))
+    return found
+
+
+def take_auxiliary_losses() -> dict[str, list[float]]:
+    """Return what the routers have reported since the last call, a number a layer, and forget it.
+
+    Reduced over ranks as Megatron-Core does for its log, and summed over micro-batches. Every rank
+    calls this. What not every rank has reported, where a stage has no experts, is left out: the
+    reduction would wait for it. From 0.17 on a class keeps what was a dictionary of dictionaries.
+    """
+    import torch.distributed as dist
+    from megatron.core.transformer.moe import moe_utils
+
+    is_class = hasattr(moe_utils, "get_moe_metrics_tracker")
+    reported: Any = (
+        moe_utils.get_moe_metrics_tracker().metrics
+        if is_class
+        else moe_utils.get_moe_layer_wise_logging_tracker()
+    )
+    of_ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, set(reported))
+    names = sorted(set.intersection(*of_ranks))
+    if is_class:
+        tracker = moe_utils.get_moe_metrics_tracker()
+        tracker._sync_metrics(names)
+        found = {name: tracker.metrics[name].values.tolist() for name in names}
+        tracker.clear()
+    else:
+        moe_utils.reduce_aux_losses_tracker_across_ranks(names)
+        found = {name: reported[name]["values"].tolist() for name in names}
+        moe_utils.clear_aux_losses_tracker()
     return found

@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import math
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from types import UnionType
+from typing import (
+    Any,
+    NamedTuple,
+    TypeGuard,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.activations import quick_gelu, squared_relu
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from mcore_lab.backends import Backend, decoder_block_spec, mtp_block_spec
-from mcore_lab.compat import router_coefficients
+from mcore_lab.compat import DTYPES, router_coefficients
 from mcore_lab.config import Recipe
-from mcore_lab.errors import ConfigError
+from mcore_lab.errors import ConfigError, nearest
 from mcore_lab.layout import ParallelLayout
 
 _DIMENSIONS = (
@@ -52,6 +62,8 @@ _ACTIVATIONS = {
     "squared_relu": squared_relu,
 }
 _VOCABULARY_MULTIPLE = 128
+
+_Config = TypeVar("_Config")
 
 
 class Stage(NamedTuple):
@@ -93,14 +105,36 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
         fields |= {"variable_seq_lengths": True, "moe_token_dispatcher_type": "alltoall"}
     fields |= {name: getattr(model, name) for name in _DIMENSIONS}
     fields |= recipe.layout.transformer_fields()
-    fields |= {name: _value(name, value) for name, value in model.transformer.items()}
-    fields |= router_coefficients(fields, recipe.data.micro_batch_size)
-    kind = MLATransformerConfig if fields.get("multi_latent_attention") else TransformerConfig
-    known = {field.name for field in dataclasses.fields(kind)}
-    # A field that only the other Megatron-Core version has, and that is not set, is left out.
-    fields = {name: value for name, value in fields.items() if name in known}
+    given = dict(model.transformer)
+    given |= router_coefficients(fields | given, recipe.data.micro_batch_size)
+    if not given.get("multi_latent_attention"):
+        return configuration(TransformerConfig, fields, given)
+    # Its rotary embeddings are the layers' own, not `GPTModel`'s.
+    fields |= {name: getattr(model, name) for name in ("rotary_base", "rotary_percent")}
+    return configuration(MLATransformerConfig, fields, given)
+
+
+def configuration(
+    kind: type[_Config], fields: Mapping[str, Any], given: Mapping[str, Any]
+) -> _Config:
+    """Return one of Megatron-Core's configurations: `fields`, and over them what a recipe gives.
+
+    Raises ConfigError for a given field that the installed version lacks, and with Megatron-Core's
+    own words for what it refuses.
+    """
+    types = get_type_hints(kind)
+    known = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    for name in given.keys() - known:
+        raise ConfigError(
+            f"{name} is not a field of the installed {kind.__name__}{nearest(name, known)}"
+        )
+    values = {
+        name: _value(name, value, types[name])
+        for name, value in {**fields, **given}.items()
+        if name in known
+    }
     with refusals_explained():
-        return kind(**fields)
+        return kind(**values)
 
 
 @contextmanager
@@ -115,19 +149,27 @@ def refusals_explained() -> Iterator[None]:
         raise ConfigError(f"Megatron-Core refuses the model: {reason}") from error
 
 
-def _value(name: str, value: Any) -> Any:
-    """Turn what a command line or TOML can hold into what `TransformerConfig` takes."""
-    if not isinstance(value, str):
+def _value(name: str, value: Any, annotation: Any) -> Any:
+    """Turn the name of a function, a dtype or an enum's member into what the field takes."""
+    kinds = _alternatives(annotation)
+    if not isinstance(value, str) or str in kinds:
         return value
+    named: Mapping[str, Any] = {m.name: m for kind in kinds if _is_enum(kind) for m in kind}
     if name == "activation_func":
-        if value not in _ACTIVATIONS:
-            raise ConfigError(f"activation_func {value!r} is none of {', '.join(_ACTIVATIONS)}")
-        return _ACTIVATIONS[value]
-    if name.endswith("_dtype"):
-        return getattr(torch, value)
-    if name == "attention_backend":
-        return AttnBackend[value]
-    return value
+        named = _ACTIVATIONS
+    elif torch.dtype in kinds:
+        named = {dtype: getattr(torch, dtype) for dtype in DTYPES}
+    if named and value not in named:
+        raise ConfigError(f"{name} {value!r} is none of {', '.join(named)}")
+    return named.get(value, value)
+
+
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+
+
+def _is_enum(kind: Any) -> TypeGuard[type[enum.Enum]]:
+    return isinstance(kind, type) and issubclass(kind, enum.Enum)
 
 
 def gpt_arguments(recipe: Recipe, vocab_size: int) -> dict[str, Any]:

@@ -20,6 +20,7 @@ class Model:
     num_moe_experts: int | None = None
     vocab_size: int | None = None
     max_sequence_length: int | None = None
+    share_embeddings_and_output_weights: bool = False
     transformer: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -228,6 +229,18 @@ WRONG = {
         "num_layers_in_first_pipeline_stage and account_for_embedding_in_pipeline_split are set; "
         "use only one of them",
         mended={"model": transformer(num_layers_in_first_pipeline_stage=1)},
+    ),
+    "a_tied_output_over_stages_that_predict_several_tokens": Wrong(
+        layout={"pp": 2},
+        world=2,
+        model={
+            "share_embeddings_and_output_weights": True,
+            "transformer": {"mtp_num_layers": 1},
+        },
+        says="with mtp_num_layers and pp above 1 the output layer needs a weight of its own: "
+        "mtp_num_layers 1, pp 2, share_embeddings_and_output_weights True; "
+        "use --model.share-embeddings-and-output-weights False, or --layout.pp 1",
+        mended={"layout": {"pp": 1}},
     ),
     "uneven_layers": Wrong(
         layout={"pp": 2, "vpp": 2},
@@ -446,6 +459,21 @@ WRONG = {
         "micro-batches 16 / (4 * 1) = 4, group 3, pp 2; "
         "use --data.global-batch-size 12 or 20, or --data.micro-batch-size 2",
         mended={"data": {"global_batch_size": 20}},
+    ),
+    "a_recomputed_mlp_with_a_bias": Wrong(
+        model=transformer(
+            recompute_granularity="selective", recompute_modules=["core_attn", "mlp"]
+        ),
+        says="a recomputed mlp must have no bias, or its backward pass never ends: "
+        "recompute_modules core_attn, mlp, add_bias_linear True; "
+        "use --model.transformer.add_bias_linear False, or recompute_modules without mlp",
+        mended={
+            "model": transformer(
+                recompute_granularity="selective",
+                recompute_modules=["core_attn", "mlp"],
+                add_bias_linear=False,
+            )
+        },
     ),
     "a_group_of_micro_batches_below_the_stages": Wrong(
         layout={"pp": 2, "vpp": 2},

@@ -25,7 +25,7 @@ _SHORT = {
 
 def layout_of(words: str) -> tuple[int, dict[str, Any]]:
     """Return ranks and sizes: `4 ranks: tp2 sp ep2 etp1`; `zero` is the distributed optimizer."""
-    ranks, _, rest = words.partition(" ranks: ")
+    ranks, _, rest = words.partition(" ranks:")
     sizes: dict[str, Any] = {}
     for word in rest.split():
         name = word.rstrip("0123456789")
@@ -44,11 +44,23 @@ class OneRank:
         self.recipe = changed(recipe, checkpoint={"load": str(folder / "initial"), "save": False})
         self.metrics = run(self.recipe, 1, folder / "one_rank")
 
-    def on(self, layout: str, folder: Path, **transformer: Any) -> list[dict[str, Any]]:
+    def on(
+        self,
+        layout: str,
+        folder: Path,
+        *,
+        timeout: float = 120,
+        data: dict[str, Any] | None = None,
+        training: dict[str, Any] | None = None,
+        **transformer: Any,
+    ) -> list[dict[str, Any]]:
         """Train from the same weights on a layout, with other fields of the transformer."""
         ranks, sizes = layout_of(layout)
         fields = {"transformer": self.recipe.model.transformer | transformer}
-        return run(changed(self.recipe, layout=sizes, model=fields), ranks, folder / "run")
+        recipe = changed(
+            self.recipe, layout=sizes, model=fields, data=data or {}, training=training or {}
+        )
+        return run(recipe, ranks, folder / "run", timeout=timeout)
 
     def agrees_with(
         self, metrics: list[dict[str, Any]], loss: float = LOSS, norm: float = NORM

@@ -84,6 +84,9 @@ def test_a_recipes_help_shows_its_own_values_without_colour_in_a_pipe(lab: Any) 
         ["check", "tp2_gpt", "--nproc", "2"],
         ["check", "tp2_gpt", "--tp", "3", "--model.transformer.add-bias-linear", "False"],
         ["run", "tp2_gpt", "--nproc", "2", "--tp", "3"],
+        ["verify", "tp2_gpt", "--nproc", "2", "--tp", "3"],
+        ["verify", "tp2_gpt", "--model.transformer.hidden-dropout", "0.1"],
+        ["compare", "runs/one", "runs/other"],
     ],
 )
 def test_what_starts_no_training_imports_neither_torch_nor_numpy(
@@ -219,7 +222,7 @@ def test_what_a_run_wrote_is_the_recipe_it_ran(tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["chek"], "no command chek; did you mean check?"),
-        (["xyzzy"], "no command xyzzy; there is run, check, ranks, recipes, doctor"),
+        (["xyzzy"], f"no command xyzzy; there is {', '.join(cli.COMMANDS)}"),
         (["check", "tp2_gtp"], "no recipe tp2_gtp; did you mean tp2_gpt"),
         (["check", "no.toml"], "no.toml: No such file or directory"),
         (["check", "--nproc", "2", "tp2_gpt"], "the recipe comes first: mcore-lab check NAME"),

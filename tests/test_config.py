@@ -12,6 +12,7 @@ from mcore_lab.config import (
     Model,
     Recipe,
     RunArguments,
+    Training,
     parse_recipe,
     parse_recipe_or_exit,
 )
@@ -238,3 +239,47 @@ def test_fields_of_latent_attention_need_latent_attention() -> None:
     words = ["--model.transformer.kv-lora-rank", "8", "--model.transformer.multi-latent-attention"]
     transformer = parse(*words).recipe.model.transformer
     assert transformer == {"kv_lora_rank": 8, "multi_latent_attention": True}
+
+
+def test_fields_of_the_gradient_buffers_and_of_the_optimizer_can_be_set() -> None:
+    training = parse(
+        *("--training.ddp.overlap-grad-reduce", "--training.ddp.bucket-size", "1000"),
+        *("--training.ddp.no-grad-reduce-in-fp32", "--training.optimizer.optimizer", "sgd"),
+        *("--training.optimizer.sgd-momentum", "0.5", "--training.optimizer.main-grads-dtype"),
+        *("bfloat16", "--training.optimizer.no-decoupled-weight-decay"),
+    ).recipe.training
+    assert training == Training(
+        ddp={"overlap_grad_reduce": True, "bucket_size": 1000, "grad_reduce_in_fp32": False},
+        optimizer={
+            "optimizer": "sgd",
+            "sgd_momentum": 0.5,
+            "main_grads_dtype": "bfloat16",
+            "decoupled_weight_decay": False,
+        },
+    )
+
+
+def test_what_training_has_itself_is_set_there() -> None:
+    assert parse("--training.optimizer.adam-beta2", "0.95").recipe.training == Training(
+        adam_beta2=0.95
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            "--training.ddp.overlap-grad-reduc True",
+            "is not a field of the installed DistributedDataParallelConfig; did you mean overlap_",
+        ),
+        ("--training.ddp.use-distributed-optimizer", "follows from layout.use_distributed_opt"),
+        ("--training.optimizer.bf16", "follows from training.precision"),
+        (
+            "--training.optimizer.overlap-param-gather",
+            "follows from training.ddp.overlap_param_gather",
+        ),
+        ("--training.optimizer.sgd-momentum x", "expects a number; got x"),
+    ],
+)
+def test_what_these_tables_may_not_hold_is_told_in_one_line(words: str, said: str) -> None:
+    assert said in refusal(*words.split())

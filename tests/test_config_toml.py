@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from mcore_lab.compat import transformer_fields
 from mcore_lab.config import Model, Recipe, parse_recipe, recipe_from_toml, recipe_to_toml
-from mcore_lab.config.overlay import DECIDED_BY, field_types, sections
+from mcore_lab.config.overlay import field_types, sections
+from mcore_lab.config.tables import TABLES
 from mcore_lab.errors import ConfigError
 from mcore_lab.layout import ParallelLayout
 
@@ -142,27 +143,33 @@ def values(annotation: Any) -> st.SearchStrategy[Any]:
         return st.sampled_from(arguments)
     if get_origin(annotation) is list:
         return st.lists(values(arguments[0]))
+    if Ellipsis in arguments:
+        return st.lists(values(arguments[0])).map(tuple)
     if get_origin(annotation) is tuple:
         return st.tuples(*map(values, arguments))
     return st.one_of(*map(values, arguments))
 
 
-def transformers() -> st.SearchStrategy[dict[str, Any]]:
-    plain = transformer_fields().items()
-    own = DECIDED_BY.keys() | field_types(Model).keys()
-    optional = {name: values(f.annotation) for name, f in plain if name not in own}
+def tables(section: str, name: str) -> st.SearchStrategy[dict[str, Any]]:
+    """Draw fields of a table; without latent attention, that of the transformer has fewer."""
+    table = TABLES[f"{section}.{name}"]
+    known = transformer_fields() if name == "transformer" else table.known()
+    own = table.decided_by.keys() | field_types(sections()[section]).keys()
+    optional = {key: values(known[key].annotation) for key in known if key not in own}
     return st.fixed_dictionaries({}, optional=optional)
 
 
-def parts(part: type) -> st.SearchStrategy[Any]:
-    types = field_types(part)
-    fields = {name: values(types[name]) for name in types if name != "transformer"}
-    own = {"transformer": transformers()} if "transformer" in types else {}
-    return st.builds(part, **fields, **own)
+def parts(section: str) -> st.SearchStrategy[Any]:
+    types = field_types(sections()[section])
+    fields = {
+        name: tables(section, name) if f"{section}.{name}" in TABLES else values(types[name])
+        for name in types
+    }
+    return st.builds(sections()[section], **fields)
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.builds(Recipe, name=TEXTS, **{name: parts(part) for name, part in sections().items()}))
+@given(st.builds(Recipe, name=TEXTS, **{name: parts(name) for name in sections()}))
 def test_any_recipe_comes_back_from_toml_as_it_was(recipe: Recipe) -> None:
     with tempfile.TemporaryDirectory() as folder:
         assert recipe_from_toml(write(Path(folder), recipe_to_toml(recipe))) == recipe

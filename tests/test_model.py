@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import enum
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,12 @@ cpu.preload()
 from megatron.core.activations import squared_relu  # noqa: E402
 from megatron.core.transformer.enums import AttnBackend  # noqa: E402
 
-from mcore_lab.model import gpt_arguments, model_vocab_size, transformer_config  # noqa: E402
+from mcore_lab.model import (  # noqa: E402
+    configuration,
+    gpt_arguments,
+    model_vocab_size,
+    transformer_config,
+)
 
 
 def recipe_of(*words: str) -> Recipe:
@@ -31,6 +38,21 @@ def recipe_of(*words: str) -> Recipe:
 def from_toml(folder: Path, text: str) -> Recipe:
     (folder / "own.toml").write_text(text)
     return recipe_of("--config", str(folder / "own.toml"))
+
+
+class Speed(enum.Enum):
+    slow = 1
+    fast = 2
+
+
+@dataclasses.dataclass(kw_only=True)
+class AnyConfig:
+    """As Megatron-Core's are: with enums, dtypes, and either of an enum and text."""
+
+    speed: Speed | None = None
+    exact: Speed = Speed.fast
+    text_or_speed: str | Speed = "slow"
+    kind: torch.dtype | None = None
 
 
 FIELDS: list[tuple[Sequence[str], dict[str, Any]]] = [
@@ -98,6 +120,32 @@ def test_latent_attention_has_a_configuration_of_its_own() -> None:
     assert config.kv_lora_rank == 32
 
 
+def test_rotary_embeddings_of_latent_attention_are_those_of_the_recipe() -> None:
+    latent = ["--model.transformer.multi-latent-attention", "--model.rotary-base", "500"]
+    config = transformer_config(recipe_of(*latent, "--model.transformer.rotary-percent", "0.5"))
+    assert (config.rotary_base, config.rotary_percent) == (500, 0.5)
+
+
+def test_names_that_no_field_has_are_refused_with_those_that_there_are() -> None:
+    own = SMALL.model.transformer
+    for fields, message in (
+        ({"attention_backend": "fast"}, "attention_backend 'fast' is none of flash, fused, unf"),
+        ({"pipeline_dtype": "float8"}, "pipeline_dtype 'float8' is none of float32, bfloat16, fl"),
+        ({"activation_func": "tanh"}, "activation_func 'tanh' is none of gelu, quick_gelu, relu"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            transformer_config(changed(SMALL, model={"transformer": own | fields}))
+
+
+def test_any_enum_s_members_go_by_their_names() -> None:
+    plain = {"speed": "slow", "exact": "fast", "text_or_speed": "fast", "kind": "bfloat16"}
+    assert configuration(AnyConfig, {"of_another_version": 1}, plain) == AnyConfig(
+        speed=Speed.slow, exact=Speed.fast, text_or_speed="fast", kind=torch.bfloat16
+    )
+    with pytest.raises(ConfigError, match="speed 'swift' is none of slow, fast"):
+        configuration(AnyConfig, {}, {"speed": "swift"})
+
+
 def test_plain_arguments_of_gpt_model_arrive() -> None:
     rotary = ["--model.position-embedding-type", "rope", "--model.rotary-percent", "0.5"]
     output = ["--model.no-parallel-output", "--model.share-embeddings-and-output-weights"]
@@ -155,3 +203,9 @@ def test_what_it_refuses_while_it_builds_is_one_line_too(tmp_path: Path) -> None
     assert message.startswith("Megatron-Core refuses the model: ")
     assert "no layernorm_zero_centered_gamma" in message and "\n" not in message
     assert not (tmp_path / "run").exists()
+
+
+def test_a_given_field_that_the_installed_version_has_not_is_refused() -> None:
+    transformer = SMALL.model.transformer | {"add_bias_liner": False}
+    with pytest.raises(ConfigError, match="not a field of the installed TransformerConfig; did yo"):
+        transformer_config(changed(SMALL, model={"transformer": transformer}))

@@ -1,4 +1,4 @@
-"""What is read from the source of `TransformerConfig`, held against the imported class."""
+"""What is read from the source of Megatron-Core's configurations, held against the classes."""
 
 from __future__ import annotations
 
@@ -33,6 +33,28 @@ def test_every_field_of_the_installed_transformer_config_is_offered_but_for_obje
         )
 
 
+def other_classes() -> list[tuple[Any, dict[str, compat.ConfigField]]]:
+    cpu.preload()
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig
+
+    return [
+        (DistributedDataParallelConfig, compat.ddp_fields()),
+        (OptimizerConfig, compat.optimizer_fields()),
+    ]
+
+
+def test_every_field_of_the_gradient_buffers_and_the_optimizer_is_offered_but_for_objects() -> None:
+    for config, offered in other_classes():
+        left_out = {field.name for field in dataclasses.fields(config)} - offered.keys()
+        assert left_out <= {"timers"}
+        hints = get_type_hints(config)
+        assert offered.keys() <= hints.keys()
+        read = {name: field.annotation for name, field in offered.items()}
+        assert read == {name: as_plain_values(hints[name]) for name in read}
+        assert all(field.doc for field in offered.values())
+
+
 def as_plain_values(real: Any) -> Any:
     """Say what an imported class's type is in values that can be written; object if in none."""
     if isinstance(real, enum.EnumMeta):
@@ -44,7 +66,9 @@ def as_plain_values(real: Any) -> Any:
         return Union[tuple(members)]  # noqa: UP007
     if get_origin(real) in (list, tuple):
         return get_origin(real)[*map(as_plain_values, get_args(real))]
-    plain = real in (bool, int, float, str, list, type(None)) or get_origin(real) is Literal
+    plain = (
+        real in (bool, int, float, str, list, type(None), Ellipsis) or get_origin(real) is Literal
+    )
     return real if plain else object
 
 

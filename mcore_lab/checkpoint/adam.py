@@ -17,7 +17,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 def give_state(optimizer: MegatronOptimizer) -> None:
     """Make the state that Adam makes in its first step, for the distributed optimizer to fill."""
-    for one in _members(optimizer):
+    for one in members_of(optimizer):
         if _has_sharded_adam(one):
             for weight in (weight for group in one.param_groups for weight in group["params"]):
                 one.optimizer.state[weight] = {
@@ -29,7 +29,7 @@ def give_state(optimizer: MegatronOptimizer) -> None:
 
 def load_state(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> None:
     """Load an optimizer's state; where it is sharded, moments and counts of steps one by one."""
-    members = _members(optimizer)
+    members = members_of(optimizer)
     parts = [state] if len(members) == 1 else [part for _, part in sorted(state.items())]
     sharded = [
         (one, part.pop("param_state"))
@@ -46,7 +46,8 @@ def load_state(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> None:
             kept["step"] = step.clone()
 
 
-def _members(optimizer: MegatronOptimizer) -> list[Any]:
+def members_of(optimizer: MegatronOptimizer) -> list[Any]:
+    """Return the optimizers that one is made of: of dense layers and of experts, or itself."""
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 

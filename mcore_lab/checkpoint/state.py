@@ -10,6 +10,8 @@ from megatron.core import parallel_state
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from mcore_lab.checkpoint.buckets import found_in_buckets
+
 
 def model_keys(chunks: Sequence[torch.nn.Module]) -> list[str]:
     """Return the state dict's key of each model chunk: `model`, or `model0`, `model1`, …"""
@@ -58,9 +60,10 @@ def full_state(
     if step > 0 or is_loading:
         # The optimizer finds its parameters among the model's, by name.
         names = state["model"] if len(chunks) == 1 else dict(state)
-        state["optimizer"] = optimizer.sharded_state_dict(
-            names, is_loading=is_loading, metadata=_with_group(content_metadata(chunks))
-        )
+        with found_in_buckets(optimizer):
+            state["optimizer"] = optimizer.sharded_state_dict(
+                names, is_loading=is_loading, metadata=_with_group(content_metadata(chunks))
+            )
     state["opt_param_scheduler"] = scheduler.state_dict()
     state["iteration"] = step
     state["checkpoint_version"] = 3.0

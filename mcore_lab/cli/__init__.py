@@ -16,6 +16,8 @@ COMMANDS = {
     "check": "say whether a recipe's layout fits a number of ranks",
     "ranks": "show which rank is where, and what it holds",
     "recipes": "list the recipes",
+    "verify": "say whether a layout computes what one rank computes",
+    "compare": "say from which step on two runs differ",
     "bench": "time a recipe's step beside a bare Megatron-Core loop",
     "doctor": "say what this machine has, what that allows, and what is missing",
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from mcore_lab.config import LaunchSettings, Recipe, RunArguments, parse_recipe
@@ -21,10 +22,13 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; see {self.prog} --help")
 
 
-def recipe_arguments(command: str, what: str, argv: Sequence[str]) -> tuple[RunArguments, int]:
+def recipe_arguments(
+    command: str, what: str, argv: Sequence[str], settings: type[LaunchSettings] = LaunchSettings
+) -> tuple[RunArguments, int]:
     """Return what `mcore-lab COMMAND NAME [options]` says, and the number of ranks.
 
-    NAME is a recipe's, or the path of a TOML file. Raises ConfigError.
+    NAME is a recipe's, or the path of a TOML file; the options are the recipe's fields and those of
+    `settings`. Raises ConfigError.
     """
     prog = f"mcore-lab {command}"
     if not argv or argv[0] in ("-h", "--help"):
@@ -33,7 +37,7 @@ def recipe_arguments(command: str, what: str, argv: Sequence[str]) -> tuple[RunA
     name, *options = argv
     if name.startswith("-"):
         raise ConfigError(f"the recipe comes first: {prog} NAME {name} ...")
-    arguments = parse_recipe(find_recipe(name), options, f"{prog} {name}", LaunchSettings)
+    arguments = parse_recipe(find_recipe(name), options, f"{prog} {name}", settings)
     recipe = arguments.recipe
     return arguments, usual_world(recipe) if arguments.nproc is None else arguments.nproc
 
@@ -48,6 +52,20 @@ def smallest_world(layout: ParallelLayout) -> int:
     """Return the fewest ranks that hold the model once and its experts once."""
     dense, experts = layout.tp * layout.cp, layout.etp * layout.ep
     return max(1, layout.pp * math.lcm(dense, experts))
+
+
+def require_folder(option: str, file: str | None) -> None:
+    """Raise ConfigError if the file cannot be written as its folder is not there."""
+    if file is not None and not Path(file).parent.is_dir():
+        raise ConfigError(f"{option} {file}: there is no folder {Path(file).parent}")
+
+
+def write_file(option: str, file: str, content: str) -> None:
+    """Write what an option asked for, or raise ConfigError with what is in the way."""
+    try:
+        Path(file).write_text(content, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{option} {file}: {error.strerror}") from None
 
 
 def _usage(prog: str, what: str) -> str:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import asdict, dataclass
 
-from mcore_lab.cli.arguments import recipe_arguments
+from mcore_lab.cli.arguments import recipe_arguments, write_file
 from mcore_lab.cli.check import broken_rules
-from mcore_lab.errors import ConfigError, LayoutError
+from mcore_lab.config import LaunchSettings
+from mcore_lab.errors import LayoutError
 from mcore_lab.layout import RankShare, rank_shares
 from mcore_lab.report import rank_map_svg
 from mcore_lab.report.rank_map import spans
@@ -21,18 +21,25 @@ _KINDS = ("tp", "cp", "pp", "dp", "dp-cp", "ep", "etp", "edp")
 _OF_EXPERTS = ("ep", "etp", "edp")
 
 
+@dataclass(frozen=True, kw_only=True)
+class RanksSettings(LaunchSettings):
+    """What `mcore-lab ranks` says apart from the recipe."""
+
+    svg: str | None = None
+    """Draw the map of ranks as a picture, too, into this file."""
+
+
 def main(argv: Sequence[str]) -> int:
     """Print the map of ranks as a table, as JSON or, with `--svg FILE`, as a picture."""
-    words, picture = _without_svg(list(argv))
-    arguments, nproc = recipe_arguments("ranks", _WHAT, words)
-    recipe, layout = arguments.recipe, arguments.recipe.layout
+    arguments, nproc = recipe_arguments("ranks", _WHAT, argv, RanksSettings)
+    recipe, layout, picture = arguments.recipe, arguments.recipe.layout, arguments.own["svg"]
     if broken := layout.check(recipe.model, recipe.data, nproc):
         raise LayoutError(broken_rules(recipe, nproc, broken))
     shares = rank_shares(layout, recipe.model, recipe.data, nproc)
     kinds = [kind for kind in _KINDS if recipe.model.num_moe_experts or kind not in _OF_EXPERTS]
     groups = {kind: layout.groups(kind, nproc) for kind in kinds}
     if picture:
-        _write(picture, rank_map_svg(f"{recipe.name} on {nproc} ranks", shares))
+        write_file("--svg", picture, rank_map_svg(f"{recipe.name} on {nproc} ranks", shares))
     if arguments.json:
         ranks = [asdict(share) for share in shares]
         print_json({"recipe": recipe.name, "nproc": nproc, "ranks": ranks, "groups": groups})
@@ -43,24 +50,6 @@ def main(argv: Sequence[str]) -> int:
         if picture:
             print(f"\nwritten to {picture}", file=sys.stderr)
     return 0
-
-
-def _without_svg(words: list[str]) -> tuple[list[str], Path | None]:
-    for place, word in enumerate(words):
-        name, equals, value = word.partition("=")
-        if name == "--svg":
-            if not equals and place + 1 == len(words):
-                raise ConfigError("--svg expects a file")
-            file = value if equals else words[place + 1]
-            return words[:place] + words[place + (1 if equals else 2) :], Path(file)
-    return words, None
-
-
-def _write(file: Path, svg: str) -> None:
-    try:
-        file.write_text(svg, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"--svg {file}: {error.strerror}") from None
 
 
 def _columns(kinds: Sequence[str]) -> tuple[str, ...]:

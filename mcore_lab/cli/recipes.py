@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mcore_lab.cli.arguments import Parser, usual_world
-from mcore_lab.config.overlay import known_transformer_fields
+from mcore_lab.config.tables import TABLES
 from mcore_lab.config.values import metavar
 from mcore_lab.recipes import describe, load_recipe, recipe_names
 from mcore_lab.report.tables import print_json, print_table
@@ -42,6 +42,6 @@ def _recipes() -> list[tuple[str, int | str, str]]:
 def _fields(word: str) -> list[tuple[str, int | str, str]]:
     return [
         (name, metavar(field.annotation), field.doc.partition("\n")[0])
-        for name, field in known_transformer_fields().items()
+        for name, field in TABLES["model.transformer"].known().items()
         if word.lower().replace("-", "_") in f"{name} {field.doc}".lower()
     ]

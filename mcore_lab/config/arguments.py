@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from mcore_lab.config.options import given_words
 from mcore_lab.config.overlay import COMMAND_LINE, field_types, lay_over
@@ -48,6 +48,8 @@ class RunArguments:
     json: bool = False
     nproc: int | None = None
     """Ranks on this machine; None if it was not given, and under torchrun."""
+    own: Mapping[str, Any] = field(default_factory=dict)
+    """What a command of its own adds to these: the fields that its settings have beside them."""
 
 
 def parse_recipe(
@@ -59,17 +61,19 @@ def parse_recipe(
     SystemExit(0).
     """
     given = given_words(default, argv, prog, settings, quiet=not is_rank_0())
-    own = {
+    said = {
         name: COMMAND_LINE.value(name, annotation, given.pop(name))
         for name, annotation in field_types(settings).items()
         if name in given
     }
+    values = {f.name: getattr(settings(**said), f.name) for f in fields(settings)}
     recipe = default
-    for file in own.pop("config", None) or ():
+    for file in values.pop("config") or ():
         recipe = recipe_from_toml(file, base=recipe)
     recipe = lay_over(recipe, given, COMMAND_LINE)
-    run_dir = own.pop("run_dir", None) or Path("runs") / recipe.name
-    return RunArguments(recipe=recipe, run_dir=Path(run_dir), **own)
+    run_dir = Path(values.pop("run_dir") or Path("runs") / recipe.name)
+    shared = {f.name: values.pop(f.name) for f in fields(LaunchSettings) if f.name in values}
+    return RunArguments(recipe=recipe, run_dir=run_dir, **shared, own=values)
 
 
 def parse_recipe_or_exit(default: Recipe, argv: Sequence[str] | None = None) -> RunArguments:

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import field, fields, is_dataclass, make_dataclass
 from typing import Annotated, Any
 
-from mcore_lab.config.overlay import field_types, known_transformer_fields, sections
+from mcore_lab.config.overlay import field_types, sections
 from mcore_lab.config.recipe import Recipe
+from mcore_lab.config.tables import TABLES
 from mcore_lab.config.values import metavar
 from mcore_lab.errors import ConfigError, nearest
 from mcore_lab.layout import SHORT_NAMES
@@ -19,9 +20,8 @@ The values below are those of {name}; an option takes the place of one.
 
 A switch is --layout.sp, --layout.no-sp, or --layout.sp False. None unsets an option.
 Any field of Megatron-Core's TransformerConfig can be set: --model.transformer.FIELD VALUE
-(`mcore-lab recipes --transformer-fields` lists them)."""
-
-_TRANSFORMER = "--model.transformer."
+(`mcore-lab recipes --transformer-fields` lists them), and of its DistributedDataParallelConfig and
+OptimizerConfig: --training.ddp.FIELD, --training.optimizer.FIELD."""
 
 
 class Words(list[str]):
@@ -41,7 +41,7 @@ def given_words(
     words = _gathered(list(_spelled_out(argv, settings)))
     parsed: Any
     parsed, unknown = tyro.cli(
-        _options_class(default, settings, _transformer_names(words)),
+        _options_class(default, settings, words),
         args=words,
         prog=prog,
         description=_HELP.format(name=default.name),
@@ -61,17 +61,26 @@ def _given(parsed: Any) -> dict[str, Any]:
     return given | {name: value for name, value in nested.items() if value}
 
 
-def _options_class(default: Recipe, settings: type, transformer: Iterable[str]) -> type:
+def _options_class(default: Recipe, settings: type, words: Sequence[str]) -> type:
     """Return a dataclass of which tyro makes the options: the settings, and the recipe's parts."""
     short = {name: (f"--layout.{key}", f"--{key}") for key, name in SHORT_NAMES.items()}
-    given = make_dataclass("Transformer", [(name, _option(None)) for name in transformer])
     groups = []
     for name, part in sections().items():
-        own = {"transformer": given} if name == "model" else {}
+        own = {
+            table.rpartition(".")[2]: _table_class(table, words)
+            for table in TABLES
+            if table.startswith(f"{name}.")
+        }
         options = _part_class(part, getattr(default, name), short if name == "layout" else {}, own)
         groups.append((name, options, field(metadata={"help": part.__doc__})))
     base = _part_class(settings, settings(), {}, {})
     return make_dataclass("Options", groups, bases=(base,), frozen=True, kw_only=True)
+
+
+def _table_class(table: str, words: Iterable[str]) -> type:
+    """Return a dataclass of the fields of a table that are given: `--training.ddp.FIELD`."""
+    name = table.rpartition(".")[2].title()
+    return make_dataclass(name, [(field, _option(None)) for field in _fields_given(table, words)])
 
 
 def _part_class(
@@ -106,12 +115,13 @@ def _option(annotation: Any, aliases: Sequence[str] = ()) -> Any:
 def _spelled_out(argv: Sequence[str], settings: type) -> Iterator[str]:
     """Yield the words, with `--layout.no-sp` as `--layout.sp False`."""
     switches = {name for name, annotation in known_options(settings).items() if annotation is bool}
-    if any(word.startswith(_TRANSFORMER) for word in argv):
-        switches |= {
-            _TRANSFORMER + name.replace("_", "-")
-            for name, known in known_transformer_fields().items()
-            if known.annotation is bool
-        }
+    for name, table in TABLES.items():
+        if any(word.startswith(f"--{name}.") for word in argv):
+            switches |= {
+                f"--{name}.{field.replace('_', '-')}"
+                for field, known in table.known().items()
+                if known.annotation is bool
+            }
     for word in argv:
         negated = re.fullmatch(r"(--(?:[\w-]+\.)*)no-([\w-]+)", _option_name(word))
         if negated and (switch := negated[1] + negated[2]) in switches:
@@ -136,10 +146,14 @@ def _gathered(words: Sequence[str]) -> list[str]:
     return rest + files
 
 
-def _transformer_names(words: Iterable[str]) -> list[str]:
-    """Return the fields that are given as `--model.transformer.FIELD`."""
-    options = [_option_name(word) for word in words if _option_name(word).startswith(_TRANSFORMER)]
-    names = [option.removeprefix(_TRANSFORMER).replace("-", "_") for option in options]
+def _fields_given(table: str, words: Iterable[str]) -> list[str]:
+    """Return the fields of a table that are given: `--model.transformer.FIELD`."""
+    options = [_option_name(word) for word in words]
+    names = [
+        option.removeprefix(f"--{table}.").replace("-", "_")
+        for option in options
+        if option.startswith(f"--{table}.")
+    ]
     return [
         name
         for name in dict.fromkeys(names)
@@ -152,13 +166,14 @@ def _option_name(word: str) -> str:
 
 
 def known_options(settings: type) -> dict[str, Any]:
-    """Return every option with its type, by each of its names; but not the transformer's fields."""
+    """Return every option with its type, by each of its names; but not the fields of tables."""
     known = dict(field_types(settings))
     for section, part in sections().items():
         known |= {f"{section}.{name}": field_types(part)[name] for name in field_types(part)}
     for short, name in SHORT_NAMES.items():
         known |= dict.fromkeys((short, f"layout.{short}"), known[f"layout.{name}"])
-    del known["model.transformer"]
+    for table in TABLES:
+        del known[table]
     return {"--" + name.replace("_", "-"): annotation for name, annotation in known.items()}
 
 

@@ -6,15 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, get_type_hints
 
-from mcore_lab.compat import TransformerField, transformer_fields
-from mcore_lab.config.recipe import Model, Recipe
+from mcore_lab.compat import transformer_fields
+from mcore_lab.config.recipe import Recipe
+from mcore_lab.config.tables import TABLES, Table
 from mcore_lab.config.values import choices, expected, from_toml, from_words
 from mcore_lab.errors import ConfigError, nearest
-from mcore_lab.layout import SHORT_NAMES, ParallelLayout
-
-DECIDED_BY = {f.name: f"layout.{f.name}" for f in fields(ParallelLayout)} | dict.fromkeys(
-    ("bf16", "fp16", "params_dtype"), "training.precision"
-)
+from mcore_lab.layout import SHORT_NAMES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,35 +82,49 @@ def _lay_over_part(section: str, part: Any, given: Mapping[str, Any], source: So
             raise ConfigError(f"{source.spell(f'{section}.{name}')} is not a setting{hint}")
         if field in values:
             raise ConfigError(f"{source.spell(f'{section}.{name}')} is given twice")
-        if field != "transformer":
+        if f"{section}.{field}" not in TABLES:
             values[field] = source.value(f"{section}.{name}", known[field], value)
     part = replace(part, **values)
-    return _with_transformer(part, given["transformer"], source) if "transformer" in given else part
+    for name in given:
+        if f"{section}.{name}" in TABLES:
+            part = _with_table(part, section, name, given[name], source)
+    return part
 
 
-def _with_transformer(model: Model, given: Mapping[str, Any], source: Source) -> Model:
-    """Return the model with the given fields of `TransformerConfig`; some of them are its own."""
+def _with_table(
+    part: Any, section: str, name: str, given: Mapping[str, Any], source: Source
+) -> Any:
+    """Return the part with the given fields of a table; some of them are fields of its own."""
+    table, known = TABLES[f"{section}.{name}"], TABLES[f"{section}.{name}"].known()
     if not isinstance(given, Mapping):
-        raise ConfigError(f"{source.spell('model.transformer')} expects a table")
-    known, own, other = known_transformer_fields(), {}, {}
-    for name, value in given.items():
-        dotted = f"model.transformer.{name}"
-        if name not in known:
-            hint = nearest(name, known) or "; see `mcore-lab recipes --transformer-fields`"
-            raise ConfigError(
-                f"{source.spell(dotted)} is not a field of the installed TransformerConfig{hint}"
-            )
-        if name in DECIDED_BY:
-            raise ConfigError(
-                f"{source.spell(dotted)} follows from {DECIDED_BY[name]}; set that instead"
-            )
-        if name in field_types(Model):
-            own[name] = source.value(dotted, field_types(Model)[name], value)
+        raise ConfigError(f"{source.spell(f'{section}.{name}')} expects a table")
+    own, other = {}, {}
+    own_types = field_types(type(part))
+    for field, value in given.items():
+        dotted = f"{section}.{name}.{field}"
+        _require_settable(table, field, dotted, source)
+        if field in own_types and f"{section}.{field}" not in TABLES:
+            own[field] = source.value(dotted, own_types[field], value)
         else:
-            other[name] = source.value(dotted, known[name].annotation, value)
-    merged = {**model.transformer, **other}
-    _check_latent_attention(merged, source)
-    return replace(model, **own, transformer=merged)
+            other[field] = source.value(dotted, known[field].annotation, value)
+    merged = {**getattr(part, name), **other}
+    if name == "transformer":
+        _check_latent_attention(merged, source)
+    return replace(part, **own, **{name: merged})
+
+
+def _require_settable(table: Table, field: str, dotted: str, source: Source) -> None:
+    if field not in table.known():
+        hint = nearest(field, table.known())
+        if table.configuration == "TransformerConfig":
+            hint = hint or "; see `mcore-lab recipes --transformer-fields`"
+        raise ConfigError(
+            f"{source.spell(dotted)} is not a field of the installed {table.configuration}{hint}"
+        )
+    if field in table.decided_by:
+        raise ConfigError(
+            f"{source.spell(dotted)} follows from {table.decided_by[field]}; set that instead"
+        )
 
 
 def _check_latent_attention(transformer: Mapping[str, Any], source: Source) -> None:
@@ -124,11 +135,3 @@ def _check_latent_attention(transformer: Mapping[str, Any], source: Source) -> N
             f"{source.spell(f'model.transformer.{name}')} is a field of multi-latent attention; "
             "set model.transformer.multi_latent_attention to True as well"
         )
-
-
-def known_transformer_fields() -> dict[str, TransformerField]:
-    """Return every field that can be set, or raise a ConfigError without Megatron-Core."""
-    try:
-        return transformer_fields(multi_latent_attention=True)
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"{error}: pip install 'megatron-core>=0.16.1,<0.20'") from None

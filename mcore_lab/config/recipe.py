@@ -129,6 +129,11 @@ class Training:
     resume: str = "none"
     """Go on from a checkpoint, its optimizer and step: none, auto (the folder's last) or a path."""
 
+    ddp: Mapping[str, Any] = field(default_factory=dict)
+    """Any field of the installed Megatron-Core's `DistributedDataParallelConfig`, by name."""
+    optimizer: Mapping[str, Any] = field(default_factory=dict)
+    """Any other field of the installed Megatron-Core's `OptimizerConfig`, by name."""
+
     def evaluates_after(self, step: int) -> bool:
         """Say whether a validation follows this step."""
         return step == self.steps or (self.eval_every is not None and step % self.eval_every == 0)

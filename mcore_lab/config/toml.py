@@ -11,6 +11,7 @@ from typing import Any
 
 from mcore_lab.config.overlay import lay_over, sections, toml_source
 from mcore_lab.config.recipe import Recipe
+from mcore_lab.config.tables import TABLES
 from mcore_lab.errors import ConfigError
 
 
@@ -51,18 +52,18 @@ def recipe_to_toml(recipe: Recipe, base: Recipe | None = None) -> str:
     """Return the recipe as TOML; `recipe_from_toml` with the same `base` gives back an equal one.
 
     A field that is None is left out, as TOML has no null. Where that would mean another value, that
-    of `base` or in `[model.transformer]` Megatron-Core's default, it is the string "None".
+    of `base` or in a table Megatron-Core's default, it is the string "None".
     """
     base = base or Recipe(name=recipe.name)
     lines = [f"name = {_toml(recipe.name)}"]
     for section in sections():
         part, under = getattr(recipe, section), getattr(base, section)
         values = {field.name: getattr(part, field.name) for field in fields(part)}
-        transformer = values.pop("transformer", {})
+        tables = {key: values.pop(key) for key in list(values) if f"{section}.{key}" in TABLES}
         unsaid = {key for key in values if values[key] is None and getattr(under, key) is None}
         lines += _table(section, {key: values[key] for key in values if key not in unsaid})
-        if transformer:
-            lines += _table(f"{section}.transformer", transformer)
+        for key, table in tables.items():
+            lines += _table(f"{section}.{key}", table) if table else ()
     return "\n".join(lines) + "\n"
 
 

@@ -19,8 +19,8 @@ def from_words(annotation: Any, words: Sequence[str]) -> Any:
     if members := _members(annotation):
         return _first_that_fits(from_words, members, words)
     origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is list and words:
-        return [from_words(arguments[0], [word]) for word in words]
+    if _is_of_any_length(annotation) and words:
+        return origin(from_words(arguments[0], [word]) for word in words)
     if origin is tuple and len(words) == len(arguments):
         return tuple(from_words(a, [word]) for a, word in zip(arguments, words, strict=True))
     if annotation is bool and not words:
@@ -39,8 +39,8 @@ def from_toml(annotation: Any, value: Any) -> Any:
     if members := _members(annotation):
         return _first_that_fits(from_toml, members, value)
     origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is list and isinstance(value, list):
-        return [from_toml(arguments[0], item) for item in value]
+    if _is_of_any_length(annotation) and isinstance(value, list):
+        return origin(from_toml(arguments[0], item) for item in value)
     if origin is tuple and isinstance(value, list) and len(value) == len(arguments):
         return tuple(from_toml(a, item) for a, item in zip(arguments, value, strict=True))
     if origin is Literal and value in arguments and type(value) in map(type, arguments):
@@ -61,7 +61,7 @@ def expected(annotation: Any) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return ("one of " if len(arguments) > 1 else "") + ", ".join(map(str, arguments))
-    if origin is list:
+    if _is_of_any_length(annotation):
         return f"a list of which each is {expected(arguments[0])}"
     if origin is tuple:
         return f"{len(arguments)} values, each {expected(arguments[0])}"
@@ -75,7 +75,7 @@ def metavar(annotation: Any) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return "{" + ",".join(map(str, arguments)) + "}"
-    if origin is list:
+    if _is_of_any_length(annotation):
         return f"[{metavar(arguments[0])} ...]"
     if origin is tuple:
         return " ".join(metavar(argument) for argument in arguments)
@@ -95,6 +95,11 @@ def _members(annotation: Any) -> tuple[Any, ...]:
         return ()
     last: dict[Any, int] = {str: 1, list: 2}
     return tuple(sorted(get_args(annotation), key=lambda m: last.get(get_origin(m) or m, 0)))
+
+
+def _is_of_any_length(annotation: Any) -> Any:
+    """Say whether it is a `list[X]` or a `tuple[X, ...]`."""
+    return get_origin(annotation) is list or Ellipsis in get_args(annotation)
 
 
 def _is_union(annotation: Any) -> bool:

@@ -46,6 +46,9 @@ class _CUDAGraph:
             "CUDA graphs need a GPU, and this run is on CPU; leave cuda_graph_impl at 'none'"
         )
 
+    def register_generator_state(self, generator: torch.Generator) -> None:
+        """That there is such a method says that random states can be shared."""
+
 
 def _set_device(device: torch.device | int | str) -> None:
     global _current_device

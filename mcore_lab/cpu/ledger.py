@@ -6,6 +6,7 @@ CUDA device is used. A test holds for each entry that upstream still needs it.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +27,11 @@ from mcore_lab.cpu import (
 from mcore_lab.cpu.replace import update_importers
 
 
+@functools.cache
+def _megatron_version() -> str:
+    return importlib.metadata.version("megatron-core")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Patch:
     """One change to torch or Megatron-Core."""
@@ -44,7 +50,7 @@ class Patch:
     @property
     def is_for_this(self) -> bool:
         """Whether the patch is meant for the installed Megatron-Core and torch."""
-        version = importlib.metadata.version("megatron-core")
+        version = _megatron_version()
         build = "cuda" if torch.backends.cuda.is_built() else "cpu"
         return self.torch_build in (None, build) and SpecifierSet(self.versions).contains(
             version, prereleases=True
@@ -114,6 +120,11 @@ TORCH = (
         apply=placement.make_generators_on_cpu,
     ),
     Patch(
+        replaces="torch.distributed.DeviceMesh.__init__",
+        why="a mesh of 'cuda' has FSDP look for parameters there, and they are on the CPU",
+        apply=placement.meshes_on_cpu,
+    ),
+    Patch(
         replaces="torch.autocast, is_autocast_enabled, get_autocast_dtype",
         why="torch.autocast('cuda') leaves operations on CPU tensors in their own type",
         apply=placement.autocast_on_cpu,
@@ -151,6 +162,11 @@ MEGATRON = (
         replaces="megatron.core.jit.jit_fuser",
         why="torch.compile runs a compiler in every rank",
         apply=megatron_core.import_without_torch_compile,
+    ),
+    Patch(
+        replaces="megatron.core.parallel_state.destroy_model_parallel",
+        why="it leaves groups behind that cost nothing with NCCL; Gloo's threads go on polling",
+        apply=megatron_core.destroy_groups_of_nccl,
     ),
     Patch(
         replaces="megatron.core.tensor_parallel.random.CudaRNGStatesTracker.fork",

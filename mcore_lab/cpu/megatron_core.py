@@ -9,10 +9,12 @@ import importlib.machinery
 import importlib.metadata
 import importlib.util
 import sys
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from mcore_lab.cpu.random_stream import STREAM
 from mcore_lab.cpu.replace import replace
@@ -57,6 +59,30 @@ def import_without_torch_compile() -> None:
         importlib.import_module("megatron.core.jit").disable_jit_fuser()
     finally:
         torch.compile = compile_
+
+
+def destroy_groups_of_nccl() -> None:
+    """`destroy_model_parallel` destroys the groups it made for Gloo, and only drops NCCL's.
+
+    Here those are Gloo's too, and each keeps three threads, of which one wakes 100 times a second:
+    a program that changes its layout again and again ends with all processors busy doing nothing.
+    Groups end when those that came after them are dropped: by then no rank is using them.
+    """
+    state: Any = importlib.import_module("megatron.core.parallel_state")
+    destroy = state.destroy_model_parallel
+    dropped: weakref.WeakSet[dist.ProcessGroup] = weakref.WeakSet()
+
+    @functools.wraps(destroy)
+    def destroy_model_parallel() -> None:
+        groups = [group for group in state._global_process_group_list or () if group is not None]
+        destroy()
+        if groups:
+            for group in dropped & set(dist.distributed_c10d._world.pg_map):
+                dist.destroy_process_group(group)
+            dropped.clear()
+            dropped.update(groups)
+
+    replace(state, "destroy_model_parallel", destroy_model_parallel)
 
 
 def fork_draws_on_device() -> None:

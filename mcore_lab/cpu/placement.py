@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import torch
+import torch.distributed.device_mesh
 
 from mcore_lab.cpu.replace import replace
 from mcore_lab.cpu.tensors import is_cuda
@@ -69,6 +70,18 @@ def make_generators_on_cpu() -> None:
         pass
 
     replace(torch, "Generator", Generator)
+
+
+def meshes_on_cpu() -> None:
+    """A `DeviceMesh` of "cuda" is one of CPUs: FSDP and DTensor ask it where tensors live."""
+    mesh: Any = torch.distributed.device_mesh.DeviceMesh
+    init = mesh.__init__
+
+    @functools.wraps(init)
+    def init_on_cpu(self: Any, device_type: str, *args: Any, **kwargs: Any) -> None:
+        init(self, _cpu_for_cuda(device_type), *args, **kwargs)
+
+    mesh.__init__ = init_on_cpu
 
 
 def autocast_on_cpu() -> None:

@@ -22,20 +22,36 @@ class DeviceRandomStream:
     """A random state apart from the CPU's: what `torch.cuda.default_generators[i]` is on a GPU."""
 
     def __init__(self) -> None:
-        self._state = torch.Generator().get_state()
-        self._cpu_state = self._state
+        # A generator and not its state: `graphsafe_get_state` hands it out, and shares it.
+        self._generator = torch.Generator()
+        self._cpu_state = self._generator.get_state()
         self._drawing = 0
 
     def get_state(self) -> torch.Tensor:
         """Return a copy of the state (`torch.cuda.get_rng_state`)."""
-        return torch.default_generator.get_state() if self._drawing else self._state.clone()
+        return self._where_it_is().get_state()
 
     def set_state(self, state: torch.Tensor) -> DeviceRandomStream:
         """Set the state (`torch.cuda.set_rng_state`)."""
+        self._where_it_is().set_state(state)
+        return self
+
+    def clone_state(self) -> torch.Generator:
+        """Return a generator of its own in this state (`torch.Generator.clone_state`)."""
+        return torch.Generator().set_state(self.get_state())
+
+    def graphsafe_get_state(self) -> torch.Generator:
+        """Return the generator that keeps the state, and goes on to until another one is set."""
         if self._drawing:
-            torch.default_generator.set_state(state)
-        else:
-            self._state = state.clone()
+            self._generator.set_state(torch.default_generator.get_state())
+        return self._generator
+
+    def graphsafe_set_state(self, generator: torch.Generator) -> DeviceRandomStream:
+        """Let `generator` keep the state from now on; the one before keeps what it has."""
+        self.graphsafe_get_state()
+        self._generator = generator
+        if self._drawing:
+            torch.default_generator.set_state(generator.get_state())
         return self
 
     def manual_seed(self, seed: int) -> DeviceRandomStream:
@@ -77,14 +93,17 @@ class DeviceRandomStream:
                 self._drawing -= 1
             return
         self._cpu_state = torch.default_generator.get_state()
-        torch.default_generator.set_state(self._state)
+        torch.default_generator.set_state(self._generator.get_state())
         self._drawing = 1
         try:
             yield
         finally:
             self._drawing = 0
-            self._state = torch.default_generator.get_state()
+            self._generator.set_state(torch.default_generator.get_state())
             torch.default_generator.set_state(self._cpu_state)
+
+    def _where_it_is(self) -> torch.Generator:
+        return torch.default_generator if self._drawing else self._generator
 
 
 STREAM = DeviceRandomStream()

@@ -32,6 +32,7 @@ from mcore_lab.runtime import World
 from mcore_lab.training.evaluate import evaluate
 from mcore_lab.training.forward import ForwardStep, forward_step, mean_loss, mean_mtp_loss
 from mcore_lab.training.optimizer import ddp_config, lr_scheduler, optimizer_config
+from mcore_lab.training.overlap import overlap_communication, whole_parameters
 from mcore_lab.training.recorder import Recorder, Summary
 
 
@@ -76,6 +77,7 @@ def train(
     scheduler = lr_scheduler(training, optimizer)
     config.grad_scale_func = optimizer.scale_loss
     config.finalize_model_grads_func = finalize_model_grads
+    overlap_communication(config, model)
     forward_backward = get_forward_backward_func()
 
     # Where it starts: at step 0, or where a checkpoint of any layout left off.
@@ -114,10 +116,13 @@ def train(
         recorder.step(step + 1, loss, grad_norm, lr, time.perf_counter() - started, mtp_loss)
 
         if datasets.valid and training.evaluates_after(step + 1):
-            loss = evaluate(recipe, datasets.valid, model, forward_backward, forward_step)
+            with whole_parameters(model):
+                loss = evaluate(recipe, datasets.valid, model, forward_backward, forward_step)
             recorder.validation(loss)
         if recipe.checkpoint.saves_after(step + 1, last=training.steps):
             folder = step_folder(checkpoints, step + 1)
-            recorder.saved(save_checkpoint(folder, model, optimizer, scheduler, step + 1))
-    recorder.look_at_end(model, optimizer, scheduler)
+            with whole_parameters(model):
+                recorder.saved(save_checkpoint(folder, model, optimizer, scheduler, step + 1))
+    with whole_parameters(model):
+        recorder.look_at_end(model, optimizer, scheduler)
     return recorder.summary()

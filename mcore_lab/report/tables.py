@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
 def print_json(value: Any) -> None:
     """Print a value as indented JSON; what JSON has no form for is printed as text."""
-    print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+    print(json.dumps(_finite(value), indent=2, ensure_ascii=False, default=str))
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -20,6 +21,15 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Non
         _print_rich(columns, cells)
     else:
         _print_plain([list(columns), *cells])
+
+
+def _finite(value: Any) -> Any:
+    """Return the value with the numbers as text that JSON has no form for: NaN and infinity."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _print_rich(columns: Sequence[str], cells: list[list[str]]) -> None:

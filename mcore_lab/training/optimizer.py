@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
@@ -10,37 +11,47 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from mcore_lab.config import Recipe, Training
+from mcore_lab.model import configuration
 from mcore_lab.training.rules import decay_steps
 
 _WSD_DECAY_SHARE = 0.2
 
 
 def ddp_config(recipe: Recipe) -> DistributedDataParallelConfig:
-    """Return how gradients are reduced over data-parallel ranks: in fp32."""
-    return DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        use_distributed_optimizer=recipe.layout.use_distributed_optimizer,
-    )
+    """Return how gradients are reduced over data-parallel ranks: in fp32, if nothing else is said.
+
+    Raises ConfigError with Megatron-Core's own words for what it refuses.
+    """
+    fields: dict[str, Any] = {
+        "grad_reduce_in_fp32": True,
+        "use_distributed_optimizer": recipe.layout.use_distributed_optimizer,
+    }
+    return configuration(DistributedDataParallelConfig, fields, recipe.training.ddp)
 
 
 def optimizer_config(recipe: Recipe) -> OptimizerConfig:
-    """Return Adam with clipping; under bf16 with fp32 main weights."""
+    """Return Adam with clipping; under bf16 with fp32 main weights.
+
+    Raises ConfigError with Megatron-Core's own words for what it refuses.
+    """
     training = recipe.training
     bf16 = training.precision == "bf16"
-    return OptimizerConfig(
-        optimizer="adam",
-        lr=training.lr,
-        min_lr=training.min_lr,
-        weight_decay=training.weight_decay,
-        adam_beta1=training.adam_beta1,
-        adam_beta2=training.adam_beta2,
-        adam_eps=training.adam_eps,
+    fields: dict[str, Any] = {
+        "optimizer": "adam",
+        "lr": training.lr,
+        "min_lr": training.min_lr,
+        "weight_decay": training.weight_decay,
+        "adam_beta1": training.adam_beta1,
+        "adam_beta2": training.adam_beta2,
+        "adam_eps": training.adam_eps,
         # A limit that nothing reaches, as Megatron-Core measures no norm without one.
-        clip_grad=training.clip_grad or math.inf,
-        bf16=bf16,
-        params_dtype=torch.bfloat16 if bf16 else torch.float32,
-        use_distributed_optimizer=recipe.layout.use_distributed_optimizer,
-    )
+        "clip_grad": training.clip_grad or math.inf,
+        "bf16": bf16,
+        "params_dtype": torch.bfloat16 if bf16 else torch.float32,
+        "use_distributed_optimizer": recipe.layout.use_distributed_optimizer,
+        "overlap_param_gather": training.ddp.get("overlap_param_gather", False),
+    }
+    return configuration(OptimizerConfig, fields, training.optimizer)
 
 
 def lr_scheduler(training: Training, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:

@@ -28,10 +28,24 @@ _AT_LEAST = {
     "data.mock_document_length": 1,
 }
 
+_NOT_TOLD = {
+    ("ddp", "use_megatron_fsdp"): False,
+    ("ddp", "use_custom_fsdp"): False,
+    ("ddp", "num_distributed_optimizer_instances"): 1,
+    ("optimizer", "overlap_param_gather_with_optimizer_step"): False,
+    ("optimizer", "use_layer_wise_distributed_optimizer"): False,
+}
+"""What needs other wrappers, process groups or optimizers than a recipe builds; its defaults."""
+
 
 def require_trainable(recipe: Recipe) -> None:
     """Raise ConfigError with every number of the recipe that no run can have, one a line."""
-    broken = [*_too_small(recipe), *_schedule(recipe.training), *_split(recipe.data.split)]
+    broken = [
+        *_too_small(recipe),
+        *_schedule(recipe.training),
+        *_split(recipe.data.split),
+        *_gradient_buffers(recipe),
+    ]
     if broken:
         raise ConfigError("\n".join(broken))
 
@@ -70,6 +84,21 @@ def _split(split: str) -> Iterator[str]:
             f"--data.split {split} is not the shares of training, validation and test, of which "
             "the first is above 0: 95,5,0"
         )
+
+
+def _gradient_buffers(recipe: Recipe) -> Iterator[str]:
+    """Hold what Megatron-LM's `validate_args` does, and what the story of a run does not tell."""
+    ddp = recipe.training.ddp
+    if ddp.get("overlap_param_gather"):
+        gather = "--training.ddp.overlap-param-gather gathers what the distributed optimizer splits"
+        if not recipe.layout.use_distributed_optimizer:
+            yield f"{gather}: it needs --layout.use-distributed-optimizer"
+        if not ddp.get("overlap_grad_reduce"):
+            yield f"{gather}: it needs --training.ddp.overlap-grad-reduce"
+    for (table, name), default in _NOT_TOLD.items():
+        value = getattr(recipe.training, table).get(name, default)
+        if value != default:
+            yield f"--training.{table}.{_dashed(name)} {value} is not for recipes: leave it out"
 
 
 def _dashed(name: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,11 +49,12 @@ def compare(reference: Snapshot, candidate: Snapshot, allowed: Tolerances) -> li
     return [
         *_tensors("initial weight", reference.initial_weights, candidate.initial_weights, 0.0),
         *_tensors("activation", reference.activations, candidate.activations, allowed.activation),
-        *_copies("", candidate, reference.activations, allowed.activation),
+        *_copies("", reference.activations, candidate, allowed.activation),
         *_steps(reference, candidate, allowed),
         *_moments(reference, candidate, allowed),
         *_weights(reference, candidate, allowed),
-        *_copies("weight ", candidate, reference.weights, allowed.gradient),
+        *_copies("weight ", reference.weights, candidate, allowed.gradient),
+        *_copies("", _without_a_place(reference, candidate), candidate, allowed.gradient),
     ]
 
 
@@ -110,7 +111,7 @@ def _gradients(reference: Snapshot, candidate: Snapshot, allowed: Tolerances) ->
     """Judge gradients and copies of them together: a layer's before those of the layers below."""
     of, tolerance = "gradient of ", allowed.gradient
     verdicts = [
-        *_copies(of, candidate, reference.gradients, tolerance),
+        *_copies(of, reference.gradients, candidate, tolerance),
         *_tensors("gradient", reference.gradients, candidate.gradients, tolerance),
     ]
     # Sorting keeps the order of equals, so that copies come before what one of them is.
@@ -118,15 +119,27 @@ def _gradients(reference: Snapshot, candidate: Snapshot, allowed: Tolerances) ->
     return verdicts
 
 
-def _copies(of: str, candidate: Snapshot, tensors: Tensors, tolerance: float) -> Iterator[Verdict]:
+def _copies(
+    of: str, names: Iterable[str], candidate: Snapshot, tolerance: float
+) -> Iterator[Verdict]:
     """Judge what several ranks hold and should hold alike."""
-    for name in tensors:
+    for name in names:
         spread, where = candidate.torn.get(of + name, (0.0, ""))
         if spread > 0:
             note = f"ranks {where} hold different copies"
             yield Verdict(
                 kind="copies", name=of + name, error=spread, tolerance=tolerance, note=note
             )
+
+
+def _without_a_place(reference: Snapshot, candidate: Snapshot) -> list[str]:
+    """Return what ranks hold differently and the reference does not know by that name."""
+    placed = {
+        *reference.activations,
+        *(f"gradient of {name}" for name in reference.gradients),
+        *(f"weight {name}" for name in reference.weights),
+    }
+    return [name for name in candidate.torn if name not in placed]
 
 
 def _losses(

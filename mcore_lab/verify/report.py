@@ -29,6 +29,8 @@ class VerificationReport:
     steps: int
     verdicts: tuple[Verdict, ...]
     """In the order in which a step computes what they judge."""
+    losses: tuple[tuple[float, float], ...] = ()
+    """Of each step, the mean loss on one rank and on the layout."""
     hints: tuple[str, ...] = ()
     """Known errors that leave such traces."""
 
@@ -92,20 +94,31 @@ class VerificationReport:
             "conclusion": self.conclusion,
             "first": _plain(self.first) if self.first else None,
             "hints": list(self.hints),
+            "losses": [list(map(_finite, pair)) for pair in self.losses],
+            "kinds": [self._summary(kind, worst) for kind, worst in self.worst.items()],
             "verdicts": [_plain(verdict) for verdict in self.verdicts],
         }
+
+    def _summary(self, kind: str, worst: Verdict) -> dict[str, Any]:
+        of_kind = [verdict for verdict in self.verdicts if verdict.kind == kind]
+        off = sum(not verdict.passed for verdict in of_kind)
+        return {"kind": kind, "comparisons": len(of_kind), "off": off, "worst": _plain(worst)}
 
 
 def _plain(verdict: Verdict) -> dict[str, Any]:
     return {
         "kind": verdict.kind,
         "name": verdict.name,
-        "error": verdict.error if math.isfinite(verdict.error) else str(verdict.error),
+        "error": _finite(verdict.error),
         "tolerance": verdict.tolerance,
-        "ratio": verdict.ratio,
+        "ratio": None if verdict.ratio is None else _finite(verdict.ratio),
         "passed": verdict.passed,
         "note": verdict.note,
     }
+
+
+def _finite(number: float) -> float | str:
+    return number if math.isfinite(number) else str(number)
 
 
 def _strain(verdict: Verdict) -> float:

@@ -49,8 +49,9 @@ def verify(
     Raises ConfigError for what depends on the layout by its definition, LayoutError for a layout
     that breaks a rule, and RankFailedError if a rank fails or `timeout` seconds pass.
     """
+    device = choose_device(nproc).type
     with tempfile.TemporaryDirectory(prefix="mcore_lab-") as folder:
-        reference = Reference(recipe, Path(folder), steps, build, forward_step, timeout)
+        reference = Reference(recipe, Path(folder), steps, build, forward_step, timeout, device)
         return reference.verify(recipe.layout, nproc)
 
 
@@ -65,8 +66,10 @@ class Reference:
         build: BuildChunk = gpt_chunk,
         forward_step: ForwardStep = forward_step,
         timeout: float | None = None,
+        device: str = "cpu",
     ) -> None:
         require_comparable(recipe)
+        self._device = device
         self._initial = folder / "initial"
         checkpoint = replace(recipe.checkpoint, save=False, load=None)
         training = replace(recipe.training, steps=steps, resume="none", eval_every=None)
@@ -95,19 +98,34 @@ class Reference:
             steps=steps,
             verdicts=tuple(verdicts),
             hints=tuple(hints(verdicts, recipe, nproc)),
+            losses=tuple(zip(*map(_mean_losses, (self.snapshot, candidate)), strict=False)),
         )
 
     def _run(self, recipe: Recipe, nproc: int, initial: Path | None) -> Snapshot:
-        device = choose_device(nproc).type
         return launch(
-            _rank, nproc, recipe, initial, *self._model, timeout=self._timeout, device=device
+            _rank,
+            nproc,
+            self._device,
+            recipe,
+            initial,
+            *self._model,
+            timeout=self._timeout,
+            device=self._device,
         )[0]
 
 
+def _mean_losses(snapshot: Snapshot) -> list[float]:
+    return [sum(of_step) / len(of_step) for of_step in snapshot.losses]
+
+
 def _rank(
-    recipe: Recipe, initial: Path | None, build: BuildChunk, forward_step: ForwardStep
+    device: str,
+    recipe: Recipe,
+    initial: Path | None,
+    build: BuildChunk,
+    forward_step: ForwardStep,
 ) -> Snapshot:
-    with RankLog(int(os.environ["RANK"])) as log, process_group() as world:
+    with RankLog(int(os.environ["RANK"])) as log, process_group(device=device) as world:
         witness = Witness(log, initial)
         if initial:
             build = _with_no_constants(build)

@@ -13,6 +13,7 @@ from mcore_lab.backends import Backend
 from mcore_lab.checkpoint import step_folder
 from mcore_lab.checkpoint.save import save_checkpoint
 from mcore_lab.checkpoint.state import content_metadata, model_state
+from mcore_lab.compat import take_auxiliary_losses
 from mcore_lab.config import Recipe
 from mcore_lab.runtime import RankLog, World
 from mcore_lab.training import RunFolder
@@ -23,6 +24,8 @@ from mcore_lab.verify.snapshot import Snapshot, Tensors
 from mcore_lab.verify.unshard import Whole, gradients, whole_tensors
 
 _MOMENT = "optimizer.state."
+_OF_ONE_RANK = "z_loss"
+"""Megatron-Core reports the z-loss of a rank's own tokens; its gradients are of all."""
 
 
 class Witness(Recorder):
@@ -50,6 +53,12 @@ class Witness(Recorder):
         self.snapshot.losses.append(_losses(reports))
         if step > 1:
             return
+        microbatches = len(self.snapshot.losses[0]) // _replicas()
+        self.snapshot.auxiliary_losses = {
+            name: [value / microbatches for value in values]
+            for name, values in take_auxiliary_losses().items()
+            if name != _OF_ONE_RANK
+        }
         self.snapshot.activations, torn = self._activations.whole()
         self.snapshot.torn |= {name: (spread, "tensor-parallel") for name, spread in torn.items()}
         self.snapshot.gradients = self._kept(whole_tensors(gradients(model)), "gradient of ")
@@ -66,6 +75,8 @@ class Witness(Recorder):
         """Keep the step's numbers."""
         self.snapshot.grad_norms.append(float(grad_norm))
         self.snapshot.learning_rates.append(lr)
+        if step == 1 and mtp_loss is not None:
+            self.snapshot.auxiliary_losses["multi-token prediction"] = [mtp_loss]
 
     def look_at_end(self, model: list[Any], optimizer: Any, scheduler: Any) -> None:
         """Keep the weights and Adam's moments."""
@@ -87,6 +98,10 @@ class Witness(Recorder):
         return whole.tensors
 
 
+def _replicas() -> int:
+    return int(parallel_state.get_data_parallel_world_size())
+
+
 def _losses(reports: list[dict[str, torch.Tensor]]) -> list[float]:
     """Return the mean loss of every micro-batch of the step, in the order of their samples.
 
@@ -96,7 +111,7 @@ def _losses(reports: list[dict[str, torch.Tensor]]) -> list[float]:
     own = [report["lm loss"].double().tolist() for report in reports] if is_reporting else []
     of_ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(of_ranks, (parallel_state.get_data_parallel_rank(), own))
-    replicas = parallel_state.get_data_parallel_world_size()
+    replicas = _replicas()
     totals: dict[int, tuple[float, float]] = {}
     for replica, sums in of_ranks:
         for number, (loss, tokens) in enumerate(sums):

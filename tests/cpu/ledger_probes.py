@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from mcore_lab import cpu
@@ -115,6 +116,14 @@ def _generator() -> bool:
     return _raises(lambda: torch.Generator(device="cuda"))
 
 
+def _mesh() -> bool:
+    cuda_api.install_cuda()
+    with CudaOnCpu():
+        _init_one_rank("gloo")
+        mesh = dist.DeviceMesh.from_group(dist.group.WORLD, "cuda")
+        return _raises(lambda: fully_shard(torch.nn.Linear(1, 1), mesh=mesh))
+
+
 def _autocast() -> bool:
     cuda_api.install_cuda()
     x = torch.ones(2, 2)
@@ -156,6 +165,14 @@ def _uneven() -> bool:
 def _jit_fuser() -> bool:
     jit_fuser = importlib.import_module("megatron.core.jit").jit_fuser
     return hasattr(jit_fuser(lambda x: x), "_torchdynamo_orig_callable")
+
+
+def _groups_left_behind() -> bool:
+    state = importlib.import_module("megatron.core.parallel_state")
+    dist.init_process_group("gloo")
+    state.initialize_model_parallel()
+    state.destroy_model_parallel()
+    return len(dist.distributed_c10d._world.pg_map) > 1
 
 
 def _tracker_fork() -> bool:
@@ -229,6 +246,7 @@ PROBES: dict[str, Callable[[], bool]] = {
     "torch.UntypedStorage.to, cuda": _load_to_cuda,
     "torch.set_default_device": _default_device,
     "torch.Generator": _generator,
+    "torch.distributed.DeviceMesh.__init__": _mesh,
     "torch.autocast, is_autocast_enabled, get_autocast_dtype": _autocast,
     "torch.distributed.init_process_group, new_group": _nccl,
     "torch.distributed.ProcessGroupNCCL": _nccl_options,
@@ -236,6 +254,7 @@ PROBES: dict[str, Callable[[], bool]] = {
     "torch.distributed.reduce_scatter_tensor": _on_two_ranks(_stacked_input),
     "torch.distributed.all_gather": _on_two_ranks(_uneven),
     "megatron.core.jit.jit_fuser": _jit_fuser,
+    "megatron.core.parallel_state.destroy_model_parallel": _on_two_ranks(_groups_left_behind),
     "megatron.core.tensor_parallel.random.CudaRNGStatesTracker.fork": _tracker_fork,
     "megatron.core.tensor_parallel.random.CheckpointWithoutOutput.__init__": (
         _recomputation_asks_for_fp8

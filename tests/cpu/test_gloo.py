@@ -225,3 +225,28 @@ def test_objects_and_barriers_may_name_cuda_devices() -> None:
     everyone: list[Any] = [None, None]
     dist.all_gather_object(everyone, torch.full((1,), rank, device="cuda"))
     assert [x.item() for x in everyone] == [0, 1]
+
+
+@on_ranks(2)
+def test_fsdp_shards_a_model_over_a_cuda_mesh() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    rank, size = _join()
+    torch.manual_seed(7)
+    whole = torch.nn.Linear(4, 2)
+    sharded = torch.nn.Linear(4, 2).cuda()
+    sharded.load_state_dict(whole.state_dict())
+    x = torch.rand(2 * size, 4)
+    for mesh in (
+        init_device_mesh("cuda", (size,)),
+        dist.DeviceMesh.from_group(dist.group.WORLD, "cuda"),
+    ):
+        assert mesh.device_type == "cpu"
+        assert mesh.size() == size
+    fully_shard(sharded, mesh=mesh)
+    whole(x).square().sum().backward()
+    sharded(x[2 * rank : 2 * rank + 2]).square().sum().backward()
+    assert sharded.weight.to_local().shape == (1, 4)
+    # FSDP averages over the ranks.
+    torch.testing.assert_close(sharded.weight.grad.full_tensor() * size, whole.weight.grad)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
 from on_ranks import on_ranks
@@ -30,6 +32,36 @@ def test_the_wheels_compiled_dataset_helper_is_used() -> None:
     helpers.build_blending_indices(dataset, sample, np.array([0.5, 0.5]), 2, 4, False)
     assert dataset.tolist() == [0, 1, 0, 1]
     assert sample.tolist() == [0, 0, 1, 1]
+
+
+@on_ranks(2)
+def test_layouts_that_follow_one_another_leave_no_threads_behind() -> None:
+    from megatron.core import parallel_state
+
+    def threads_of_the_next_layout(size: int) -> int:
+        parallel_state.destroy_model_parallel()
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=size)
+        dist.barrier()
+        return len(list(Path("/proc/self/task").iterdir()))
+
+    dist.init_process_group("nccl")
+    threads = [threads_of_the_next_layout(size) for size in (1, 2, 1, 2, 1, 2)]
+    # The last layout's groups and those of the one before it.
+    assert max(threads[2:]) <= threads[1]
+
+
+@on_ranks(2)
+def test_a_group_that_has_just_been_dropped_still_works() -> None:
+    from megatron.core import parallel_state
+
+    dist.init_process_group("nccl")
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
+    group = parallel_state.get_tensor_model_parallel_group()
+    parallel_state.destroy_model_parallel()
+    parallel_state.destroy_model_parallel()
+    total = torch.ones(1)
+    dist.all_reduce(total, group=group)
+    assert total.item() == 2
 
 
 def _experts_output_and_gradient(dispatcher: str) -> tuple[torch.Tensor, torch.Tensor]:

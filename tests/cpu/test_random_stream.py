@@ -53,6 +53,35 @@ def test_manual_seed_seeds_both_streams() -> None:
 
 
 @on_ranks(1)
+def test_states_that_are_shared_for_cuda_graphs_give_the_same_draws_as_copied_ones() -> None:
+    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+
+    def draws(shared: bool) -> list[torch.Tensor]:
+        tracker = CudaRNGStatesTracker(use_cudagraphable_rng=shared)
+        tracker.add("outer", SEED)
+        tracker.add("inner", SEED + 1)
+        drawn = []
+        for _ in range(2):
+            with tracker.fork("outer"):
+                drawn.append(torch.rand(3, device="cuda"))
+                with tracker.fork("inner"):
+                    drawn.append(torch.rand(3, device="cuda"))
+                drawn.append(torch.rand(3, device="cuda"))
+        return drawn
+
+    torch.cuda.manual_seed(7)
+    before = torch.get_rng_state()
+    copied, shared = draws(shared=False), draws(shared=True)
+    assert all(map(torch.equal, copied, shared))
+    assert len({tuple(drawn.tolist()) for drawn in copied}) == len(copied)
+    assert torch.equal(torch.get_rng_state(), before)
+    # Neither has drawn from the default stream.
+    default = torch.rand(3, device="cuda")
+    torch.cuda.manual_seed(7)
+    assert torch.equal(torch.rand(3, device="cuda"), default)
+
+
+@on_ranks(1)
 def test_drawing_on_cuda_leaves_the_cpu_stream_alone() -> None:
     torch.manual_seed(SEED)
     expected = torch.rand(4)

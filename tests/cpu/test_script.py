@@ -8,10 +8,10 @@ import os
 import re
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from megatron_lm import megatron_lm, python_path
 
 SCRIPTS = Path(__file__).parent / "scripts"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -93,21 +93,8 @@ def test_help_is_no_error() -> None:
     assert done.stdout.startswith("usage: torchrun")
 
 
-def _megatron_lm() -> Path:
-    """Return the checkout of Megatron-LM in `MEGATRON_LM`, if it is of the installed release."""
-    if "MEGATRON_LM" not in os.environ:
-        pytest.skip("MEGATRON_LM names no checkout of Megatron-LM")
-    checkout = Path(os.environ["MEGATRON_LM"])
-    info = (checkout / "megatron" / "core" / "package_info.py").read_text()
-    release = ".".join(re.findall(r"^(?:MAJOR|MINOR) = (\d+)", info, re.MULTILINE))
-    installed = version("megatron-core")
-    if not installed.startswith(f"{release}."):
-        pytest.skip(f"MEGATRON_LM is of release {release}, and megatron-core {installed}")
-    return checkout
-
-
 def test_megatron_lms_own_training_loop_runs_unmodified(tmp_path: Path) -> None:
-    checkout = _megatron_lm()
+    checkout = megatron_lm()
     (tmp_path / "ckpt").mkdir()
     done = _python(
         *TORCHRUN,
@@ -115,7 +102,7 @@ def test_megatron_lms_own_training_loop_runs_unmodified(tmp_path: Path) -> None:
         "mcore_lab.cpu",
         checkout / "examples" / "run_simple_mcore_train_loop.py",
         cwd=tmp_path,
-        PYTHONPATH=os.pathsep.join([str(checkout), os.environ.get("PYTHONPATH", "")]),
+        PYTHONPATH=python_path(checkout),
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Successfully loaded the model") == 2

@@ -1,6 +1,14 @@
-"""What one rank computes, for each kind of model: run once, and many layouts held against it."""
+"""What one rank computes, for each kind of model: run once, and many layouts held against it.
 
+Megatron-Core is imported here first, as ranks that are forked from this process expect it.
+"""
+
+# ruff: noqa: E402
 from __future__ import annotations
+
+from mcore_lab import cpu
+
+cpu.preload()
 
 from collections.abc import Callable
 

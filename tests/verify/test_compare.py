@@ -116,6 +116,12 @@ def test_what_is_missing_or_of_another_shape_is_off(kind: str) -> None:
         assert name.endswith(only.name)
 
 
+def test_copies_that_differ_under_a_name_of_their_own_are_off() -> None:
+    candidate = snapshot()
+    candidate.torn["gradient of buffer[0]"] = (0.1, "0, 1")
+    assert named(off(candidate)) == [("copies", "gradient of buffer[0]")]
+
+
 def test_losses_of_fewer_micro_batches_are_off() -> None:
     candidate = snapshot()
     candidate.losses[1].pop()

@@ -7,7 +7,7 @@ exists.
 
 from __future__ import annotations
 
-from mcore_lab.layout.rules import data, experts, pipeline, tensor, world
+from mcore_lab.layout.rules import data, experts, pipeline, recompute, tensor, world
 from mcore_lab.layout.rules.case import Case, Rule
 from mcore_lab.layout.rules.report import BrokenRule
 
@@ -17,6 +17,7 @@ RULES: tuple[Rule, ...] = (
     *pipeline.RULES,
     *experts.RULES,
     *data.RULES,
+    *recompute.RULES,
 )
 """Each yields what it finds broken. Their order is that of the report."""
 

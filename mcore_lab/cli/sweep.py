@@ -1,0 +1,105 @@
+"""`mcore-lab verify --sweep`: every layout that the rules allow, each against one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mcore_lab.cli.arguments import Parser
+from mcore_lab.errors import ConfigError
+from mcore_lab.recipes import find_recipe, shown_layer
+from mcore_lab.report.tables import print_json, print_table
+
+if TYPE_CHECKING:
+    from mcore_lab.config import Recipe
+    from mcore_lab.verify.sweep import Outcome, Sweep
+
+_WHAT = """Verify every layout up to N ranks that the rules allow: of the recipes that are named, or
+of a small dense model and a small mixture of experts. What is known already is not run again."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Tell of each layout in a line, of all of them in a table; return 0 if all agree, else 1."""
+    options = _parser().parse_args(argv)
+    if min(options.world, options.workers, options.steps) < 1:
+        raise ConfigError("--world, --workers and --steps expect 1 or more")
+    named = [_of_sweep(name) for name in options.recipes]
+
+    from mcore_lab import cpu
+
+    cpu.preload()
+    from mcore_lab.verify.layouts import allowed_layouts
+    from mcore_lab.verify.sweep import DENSE, MOE, Outcome, sweep
+
+    recipes = named or [DENSE, MOE]
+    total = sum(len(allowed_layouts(recipe, options.world)[0]) for recipe in recipes)
+    found = sweep(
+        recipes,
+        options.world,
+        Path(options.folder),
+        steps=options.steps,
+        workers=options.workers,
+    )
+    for number, one in enumerate(found, start=1):
+        if isinstance(one, Outcome):
+            if not options.json:
+                print(_line(number, total, one), flush=True)
+        else:
+            return _tell(one, as_json=options.json, svg=options.svg)
+    raise AssertionError("a sweep ends with all of its outcomes")
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="mcore-lab verify --sweep", description=_WHAT)
+    parser.add_argument("recipes", nargs="*", metavar="NAME", help="recipes, or TOML files")
+    parser.add_argument("--sweep", action="store_true", help="this")
+    parser.add_argument("--world", type=int, default=8, metavar="N", help="ranks at most (8)")
+    parser.add_argument("--workers", type=int, default=1, help="layouts at a time (1)")
+    parser.add_argument("--steps", type=int, default=2, help="optimizer steps compared (2)")
+    parser.add_argument("--folder", default="runs/sweep", help="what is known is kept here")
+    parser.add_argument("--svg", metavar="FILE", help="draw the matrix: a square a layout")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _of_sweep(name: str) -> Recipe:
+    from mcore_lab.layout import ParallelLayout
+    from mcore_lab.training.rules import require_trainable
+    from mcore_lab.verify.comparable import require_comparable
+
+    recipe = replace(find_recipe(name), layout=ParallelLayout())
+    if shown_layer(recipe.name):
+        raise ConfigError(f"{name} shows a layer and holds it against one rank itself: run it")
+    require_trainable(recipe)
+    require_comparable(recipe)
+    return recipe
+
+
+def _line(number: int, total: int, one: Outcome) -> str:
+    where = f"{one.recipe} on {one.world_size} rank{'s' * (one.world_size > 1)}"
+    line = f"{number}/{total}  {where}  {one.layout or 'nothing split'}  {one.status}"
+    line += f"  {one.seconds:.1f} s"
+    return line if one.status == "passed" else f"{line}\n  {one.conclusion}"
+
+
+def _tell(sweep: Sweep, *, as_json: bool, svg: str | None) -> int:
+    result = sweep.as_json()
+    if svg:
+        from mcore_lab.report.sweep_matrix import sweep_matrix_svg
+
+        try:
+            Path(svg).write_text(sweep_matrix_svg([result]), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"--svg {svg}: {error.strerror}") from None
+    if as_json:
+        print_json(result)
+    else:
+        columns = ("model", "passed", "wrong", "failed", "refused by rules")
+        print_table(columns, [(name, *counts.values()) for name, counts in _summary(result)])
+    return 0 if all(one.status == "passed" for one in sweep.outcomes) else 1
+
+
+def _summary(result: dict[str, dict[str, dict[str, int]]]) -> list[tuple[str, dict[str, int]]]:
+    return list(result["summary"].items())

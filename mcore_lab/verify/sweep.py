@@ -1,0 +1,220 @@
+"""Every layout that the rules allow, each held against one rank; resumable, and kept as data."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import multiprocessing
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mcore_lab.config import Data, Model, Recipe, Training, recipe_to_toml
+from mcore_lab.errors import LabError
+from mcore_lab.layout import ParallelLayout
+from mcore_lab.runtime import choose_device
+from mcore_lab.verify.layouts import allowed_layouts
+from mcore_lab.verify.report import VerificationReport
+from mcore_lab.verify.run import Reference, layout_sizes
+
+_SECONDS = 120.0
+"""What a layout may take: one that hangs is a failure, not a wait."""
+
+_TRANSFORMER = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "add_bias_linear": False}
+_EXPERTS = {
+    "moe_router_topk": 2,
+    "moe_token_dispatcher_type": "alltoall",
+    "moe_grouped_gemm": True,
+    "moe_router_load_balancing_type": "none",
+}
+_SHAPE: dict[str, Any] = {
+    "num_layers": 4,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "vocab_size": 128,
+    "position_embedding_type": "rope",
+}
+_DATA = Data(
+    sequence_length=16,
+    micro_batch_size=1,
+    global_batch_size=8,
+    # Every rank shuffles all that Megatron-Core's mock documents hold: of their own length, for
+    # most of the time that a layout takes.
+    mock_document_length=64,
+)
+
+DENSE = Recipe(
+    name="dense",
+    model=Model(**_SHAPE, transformer={**_TRANSFORMER, "add_bias_linear": True}),
+    data=_DATA,
+    training=Training(lr=1e-2),
+)
+MOE = Recipe(
+    name="moe",
+    model=Model(**_SHAPE, num_moe_experts=4, transformer=_TRANSFORMER | _EXPERTS),
+    data=_DATA,
+    training=Training(lr=1e-2),
+)
+"""The small models of a sweep that names no recipe: layouts decide what is tested, not width."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """One layout of a sweep."""
+
+    recipe: str
+    world_size: int
+    layout: str
+    """As a person writes it: `tp2 sp cp2`."""
+    status: str
+    """passed, wrong, or failed (it did not run to its end)."""
+    conclusion: str
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """All layouts of some recipes up to a number of ranks."""
+
+    outcomes: tuple[Outcome, ...]
+    refused: dict[str, int]
+    """Layouts of each recipe that break a rule."""
+    world_size: int
+    steps: int
+    seconds: float
+    """Wall time of the layouts, added up."""
+
+    def count(self, recipe: str, status: str) -> int:
+        """Return how many layouts of a recipe ended so."""
+        return sum(one.recipe == recipe and one.status == status for one in self.outcomes)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return everything as plain values, with the versions that it was found for."""
+        recipes = list(self.refused)
+        return {
+            "command": f"mcore-lab verify --sweep --world {self.world_size}",
+            **_versions(),
+            "steps": self.steps,
+            "seconds": round(self.seconds, 1),
+            "summary": {
+                recipe: {
+                    status: self.count(recipe, status) for status in ("passed", "wrong", "failed")
+                }
+                | {"refused": self.refused[recipe]}
+                for recipe in recipes
+            },
+            "outcomes": [asdict(one) for one in self.outcomes],
+        }
+
+
+def sweep(
+    recipes: Sequence[Recipe],
+    world_size: int,
+    folder: Path,
+    *,
+    steps: int = 2,
+    workers: int = 1,
+) -> Iterator[Outcome | Sweep]:
+    """Verify every layout up to `world_size` ranks; yield each outcome, and last the whole sweep.
+
+    What is found is kept in `folder`, a line a layout: a sweep that was interrupted goes on where
+    it was, if recipe and versions are the same. `workers` layouts run at a time.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    outcomes: list[Outcome] = []
+    refused: dict[str, int] = {}
+    for recipe in recipes:
+        layouts, refused[recipe.name] = allowed_layouts(recipe, world_size)
+        kept = _Kept(folder, recipe, steps)
+        todo = []
+        for world, layout in layouts:
+            if known := kept.outcomes.get(_key(world, layout)):
+                outcomes.append(known)
+                yield known
+            else:
+                todo.append((world, layout))
+        for outcome in _verified(recipe, todo, kept.folder, steps, workers):
+            kept.add(outcome)
+            outcomes.append(outcome)
+            yield outcome
+    yield Sweep(
+        outcomes=tuple(outcomes),
+        refused=refused,
+        world_size=world_size,
+        steps=steps,
+        seconds=sum(one.seconds for one in outcomes),
+    )
+
+
+class _Kept:
+    """The outcomes of a recipe that are known already, for these versions."""
+
+    def __init__(self, folder: Path, recipe: Recipe, steps: int) -> None:
+        what = recipe_to_toml(replace(recipe, layout=ParallelLayout())) + f"{steps} {_versions()}"
+        digest = hashlib.sha256(what.encode()).hexdigest()[:12]
+        self.folder = folder / f"{recipe.name}-{digest}"
+        self.folder.mkdir(exist_ok=True)
+        self._file = self.folder / "outcomes.jsonl"
+        lines = self._file.read_text().splitlines() if self._file.exists() else []
+        known = [Outcome(**json.loads(line)) for line in lines]
+        self.outcomes = {f"{one.world_size} {one.layout}": one for one in known}
+
+    def add(self, outcome: Outcome) -> None:
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(outcome)) + "\n")
+
+
+def _verified(
+    recipe: Recipe,
+    layouts: Sequence[tuple[int, ParallelLayout]],
+    folder: Path,
+    steps: int,
+    workers: int,
+) -> Iterator[Outcome]:
+    if not layouts:
+        return
+    device = choose_device(max(world for world, _ in layouts)).type
+    reference = Reference(recipe, folder, steps, timeout=_SECONDS, device=device)
+    if workers == 1:
+        yield from (_outcome(reference, recipe, *layout) for layout in layouts)
+        return
+    # Forked here, a worker has what the reference computed, and has imported everything.
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        waiting = [pool.submit(_outcome, reference, recipe, *layout) for layout in layouts]
+        yield from (done.result() for done in as_completed(waiting))
+
+
+def _outcome(reference: Reference, recipe: Recipe, world: int, layout: ParallelLayout) -> Outcome:
+    started = time.perf_counter()
+    try:
+        report: VerificationReport = reference.verify(layout, world)
+        status, conclusion = ("passed" if report.passed else "wrong"), report.conclusion
+    except LabError as error:
+        status, conclusion = "failed", str(error)
+    return Outcome(
+        recipe=recipe.name,
+        world_size=world,
+        layout=_words(world, layout),
+        status=status,
+        conclusion=conclusion,
+        seconds=round(time.perf_counter() - started, 2),
+    )
+
+
+def _key(world: int, layout: ParallelLayout) -> str:
+    return f"{world} {_words(world, layout)}"
+
+
+def _words(world: int, layout: ParallelLayout) -> str:
+    sizes = layout_sizes(layout, world)
+    return " ".join(name if size is True else f"{name}{size}" for name, size in sizes.items())
+
+
+def _versions() -> dict[str, str]:
+    packages = {"megatron_core": "megatron-core", "torch": "torch"}
+    return {name: importlib.metadata.version(package) for name, package in packages.items()}

@@ -1,0 +1,68 @@
+"""Every layout of a number of ranks is there, once, and a sweep goes on where it was."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mcore_lab.layout import ParallelLayout
+from mcore_lab.verify.layouts import allowed_layouts, layouts_of
+from mcore_lab.verify.sweep import DENSE, MOE, Outcome, Sweep, sweep
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 6, 8])
+@pytest.mark.parametrize("experts", [False, True])
+def test_layouts_are_different_and_fill_the_world(world_size: int, experts: bool):
+    layouts = list(layouts_of(world_size, experts=experts))
+    assert len(set(layouts)) == len(layouts)
+    for layout in layouts:
+        assert world_size % (layout.tp * layout.cp * layout.pp) == 0
+        assert world_size % (layout.etp * layout.ep * layout.pp) == 0
+
+
+def test_the_layouts_of_two_ranks_are_those_that_one_writes_by_hand():
+    base = ParallelLayout()
+    expected = {
+        replace(base, use_distributed_optimizer=split).resized(**sizes)
+        for split in (False, True)
+        for sizes in ({}, {"cp": 2})
+    }
+    expected |= {base.resized(tp=2), base.resized(tp=2, sp=True)}
+    expected |= {base.resized(pp=2), base.resized(pp=2, vpp=2)}
+    assert set(layouts_of(2, experts=False)) == expected
+
+
+@pytest.mark.parametrize("recipe", [DENSE, MOE], ids=["dense", "moe"])
+def test_what_is_not_allowed_breaks_a_rule(recipe):
+    allowed, refused = allowed_layouts(recipe, 4)
+    worlds = [
+        (world, layout)
+        for world in range(1, 5)
+        for layout in layouts_of(world, experts=recipe is MOE)
+    ]
+    assert len(allowed) + refused == len(worlds)
+    for world, layout in worlds:
+        broken = layout.check(recipe.model, recipe.data, world)
+        assert bool(broken) == ((world, layout) not in allowed)
+
+
+def test_a_sweep_verifies_every_layout_once_and_goes_on_where_it_was(tmp_path: Path):
+    model = replace(DENSE.model, num_layers=1, num_attention_heads=1)
+    recipe = replace(DENSE, model=model)
+    *first, whole = sweep([recipe], 2, tmp_path, steps=1)
+    assert isinstance(whole, Sweep)
+    layouts = ["", "cp2", "cp2 distopt", "dp2", "dp2 distopt"]
+    assert sorted(one.layout for one in first if isinstance(one, Outcome)) == layouts
+    assert {one.status for one in first if isinstance(one, Outcome)} == {"passed"}
+    assert whole.as_json()["summary"] == {
+        "dense": {"passed": 5, "wrong": 0, "failed": 0, "refused": whole.refused["dense"]}
+    }
+
+    lines = (next(tmp_path.glob("dense-*")) / "outcomes.jsonl").read_text().splitlines()
+    (next(tmp_path.glob("dense-*")) / "outcomes.jsonl").write_text("\n".join(lines[:4]) + "\n")
+    *again, _ = sweep([recipe], 2, tmp_path, steps=1)
+    known = {one.layout: one for one in first if isinstance(one, Outcome)}
+    same = [one for one in again if isinstance(one, Outcome) and one == known[one.layout]]
+    assert len(again) == 5 and len(same) >= 4
