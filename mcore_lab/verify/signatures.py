@@ -127,11 +127,22 @@ def _upstream(off: Sequence[Verdict], recipe: Recipe, world_size: int) -> Iterat
             "Megatron-Core leaves the gradient of the rotary keys, which all heads share, a part "
             "on each tensor-parallel rank (Megatron-LM #1699)"
         )
-    if layout.cp > 1 and "mtp." in name:
+    if layout.cp > 1 and recipe.model.transformer.get("mtp_num_layers"):
+        yield from _several_tokens(off)
+
+
+def _several_tokens(off: Sequence[Verdict]) -> Iterator[str]:
+    if any(verdict.kind == "gradient" and "mtp." in verdict.name for verdict in off):
         yield (
             "Megatron-Core 0.19 weighs the losses of multi-token prediction by the tokens of each "
             "context-parallel rank, of which the one with the end of the sequence has fewer "
             "(Megatron-LM #7498)"
+        )
+    elif {verdict.kind for verdict in off} == {"auxiliary loss"}:
+        yield (
+            "what is trained is right: Megatron-Core reports the mean of the means of "
+            "context-parallel ranks, of which the one with the end of the sequence has fewer "
+            "tokens (Megatron-LM #7498)"
         )
 
 
