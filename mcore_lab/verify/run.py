@@ -42,9 +42,12 @@ def verify(
     """Say whether the recipe's layout on `nproc` ranks computes what one rank computes.
 
     One rank trains first, and its initial weights become a sharded checkpoint; then the layout
-    trains from that checkpoint, on the same samples. To verify a model of your own, give `build`,
-    which returns this rank's part of it as a `MegatronModule` (see `mcore_lab.model.gpt_chunk`),
-    and, if it takes other arguments, a `forward_step` (see `mcore_lab.training.forward`).
+    trains from that checkpoint, on the same samples. Weights that start at zero or one, such as
+    biases, are drawn first: there an error would leave no trace. To verify a model of your own,
+    give `build`, which returns this rank's part of it as a `MegatronModule` with what
+    Megatron-Core's schedules ask for, `model_type` and `set_input_tensor` (see
+    `mcore_lab.model.gpt_chunk`), and, if it takes other arguments, a `forward_step` (see
+    `mcore_lab.training.forward`).
 
     Raises ConfigError for what depends on the layout by its definition, LayoutError for a layout
     that breaks a rule, and RankFailedError if a rank fails or `timeout` seconds pass.
