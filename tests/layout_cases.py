@@ -20,6 +20,7 @@ class Model:
     num_moe_experts: int | None = None
     vocab_size: int | None = None
     max_sequence_length: int | None = None
+    share_embeddings_and_output_weights: bool = False
     transformer: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -228,6 +229,18 @@ WRONG = {
         "num_layers_in_first_pipeline_stage and account_for_embedding_in_pipeline_split are set; "
         "use only one of them",
         mended={"model": transformer(num_layers_in_first_pipeline_stage=1)},
+    ),
+    "a_tied_output_over_stages_that_predict_several_tokens": Wrong(
+        layout={"pp": 2},
+        world=2,
+        model={
+            "share_embeddings_and_output_weights": True,
+            "transformer": {"mtp_num_layers": 1},
+        },
+        says="with mtp_num_layers and pp above 1 the output layer needs a weight of its own: "
+        "mtp_num_layers 1, pp 2, share_embeddings_and_output_weights True; "
+        "use --model.share-embeddings-and-output-weights False, or --layout.pp 1",
+        mended={"layout": {"pp": 1}},
     ),
     "uneven_layers": Wrong(
         layout={"pp": 2, "vpp": 2},

@@ -57,6 +57,13 @@ def _balance(recipe: Recipe) -> Iterator[str]:
                 "--model.transformer.moe-router-load-balancing-type seq_aux_loss (by sequence), or "
                 "--model.transformer.moe-aux-loss-coeff 0"
             )
+        if kind == "global_aux_loss" and coefficient:
+            yield (
+                "the auxiliary loss global_aux_loss counts the tokens of all micro-batches so far, "
+                "of which replicas take several at a time, so it depends on the layout: "
+                "--model.transformer.moe-router-load-balancing-type seq_aux_loss (by sequence), or "
+                "--model.transformer.moe-aux-loss-coeff 0"
+            )
     if fields.get("moe_router_enable_expert_bias"):
         yield (
             "the experts' bias follows counts of tokens, in steps of a fixed size: a tie that "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,24 +49,38 @@ def compare(reference: Snapshot, candidate: Snapshot, allowed: Tolerances) -> li
     return [
         *_tensors("initial weight", reference.initial_weights, candidate.initial_weights, 0.0),
         *_tensors("activation", reference.activations, candidate.activations, allowed.activation),
-        *_copies(candidate, allowed),
-        *_losses(reference, candidate, allowed, slice(0, 1)),
-        *_auxiliary(reference, candidate, allowed),
-        *_gradients(reference, candidate, allowed),
-        *_numbers("grad norm", reference.grad_norms, candidate.grad_norms, allowed.gradient),
-        *_numbers("learning rate", reference.learning_rates, candidate.learning_rates, 1e-12),
-        *_losses(reference, candidate, allowed, slice(1, None)),
+        *_copies("", reference.activations, candidate, allowed.activation),
+        *_steps(reference, candidate, allowed),
         *_moments(reference, candidate, allowed),
         *_weights(reference, candidate, allowed),
+        *_copies("weight ", reference.weights, candidate, allowed.gradient),
+        *_copies("", _without_a_place(reference, candidate), candidate, allowed.gradient),
     ]
 
 
+def _steps(reference: Snapshot, candidate: Snapshot, allowed: Tolerances) -> Iterator[Verdict]:
+    for step in range(len(reference.losses)):
+        yield from _losses(reference, candidate, allowed, step)
+        if step == 0:
+            yield from _auxiliary(reference, candidate, allowed)
+            yield from _gradients(reference, candidate, allowed)
+        for kind, of_steps, tolerance in (
+            ("grad norm", "grad_norms", allowed.gradient),
+            ("learning rate", "learning_rates", 1e-12),
+        ):
+            expected, there = getattr(reference, of_steps), getattr(candidate, of_steps)
+            place = slice(step, step + 1)
+            yield from _numbers(
+                kind, expected[place], there[place], tolerance, names=[f"step {step + 1}"]
+            )
+
+
 def _tensors(
-    kind: str, reference: Tensors, candidate: Tensors, tolerance: float, *, backward: bool = False
+    kind: str, reference: Tensors, candidate: Tensors, tolerance: float
 ) -> Iterator[Verdict]:
     names = list(reference)
     if kind != "activation":
-        names.sort(key=forward_place, reverse=backward)
+        names.sort(key=forward_place)
     floor = _NEGLIGIBLE * float(sum(t.double().square().sum() for t in reference.values())) ** 0.5
     for name in names:
         if name not in candidate:
@@ -93,39 +107,48 @@ def _difference(
     return (apart / scale if scale else apart), ratio
 
 
-def _gradients(reference: Snapshot, candidate: Snapshot, allowed: Tolerances) -> Iterator[Verdict]:
-    tolerance = allowed.gradient
-    yield from _tensors(
-        "gradient", reference.gradients, candidate.gradients, tolerance, backward=True
-    )
+def _gradients(reference: Snapshot, candidate: Snapshot, allowed: Tolerances) -> list[Verdict]:
+    """Judge gradients and copies of them together: a layer's before those of the layers below."""
+    of, tolerance = "gradient of ", allowed.gradient
+    verdicts = [
+        *_copies(of, reference.gradients, candidate, tolerance),
+        *_tensors("gradient", reference.gradients, candidate.gradients, tolerance),
+    ]
+    # Sorting keeps the order of equals, so that copies come before what one of them is.
+    verdicts.sort(key=lambda verdict: forward_place(verdict.name.removeprefix(of)), reverse=True)
+    return verdicts
 
 
-def _copies(candidate: Snapshot, allowed: Tolerances) -> Iterator[Verdict]:
+def _copies(
+    of: str, names: Iterable[str], candidate: Snapshot, tolerance: float
+) -> Iterator[Verdict]:
     """Judge what several ranks hold and should hold alike."""
-    for name, (spread, where) in candidate.torn.items():
-        yield Verdict(
-            kind="copies",
-            name=name,
-            error=spread,
-            tolerance=allowed.gradient,
-            note=f"ranks {where} hold different copies",
-        )
+    for name in names:
+        spread, where = candidate.torn.get(of + name, (0.0, ""))
+        if spread > 0:
+            note = f"ranks {where} hold different copies"
+            yield Verdict(
+                kind="copies", name=of + name, error=spread, tolerance=tolerance, note=note
+            )
+
+
+def _without_a_place(reference: Snapshot, candidate: Snapshot) -> list[str]:
+    """Return what ranks hold differently and the reference does not know by that name."""
+    placed = {
+        *reference.activations,
+        *(f"gradient of {name}" for name in reference.gradients),
+        *(f"weight {name}" for name in reference.weights),
+    }
+    return [name for name in candidate.torn if name not in placed]
 
 
 def _losses(
-    reference: Snapshot, candidate: Snapshot, allowed: Tolerances, steps: slice
+    reference: Snapshot, candidate: Snapshot, allowed: Tolerances, step: int
 ) -> Iterator[Verdict]:
-    numbers = range(len(reference.losses))[steps]
-    for step in numbers:
-        there = candidate.losses[step] if step < len(candidate.losses) else []
-        expected = reference.losses[step]
-        yield from _numbers(
-            "loss",
-            expected,
-            there,
-            allowed.loss * (step + 1) ** 0.5,
-            names=[f"step {step + 1}, micro-batch {n + 1}" for n in range(len(expected))],
-        )
+    expected = reference.losses[step]
+    there = candidate.losses[step] if step < len(candidate.losses) else []
+    names = [f"step {step + 1}, micro-batch {n + 1}" for n in range(len(expected))]
+    yield from _numbers("loss", expected, there, allowed.loss * (step + 1) ** 0.5, names=names)
 
 
 def _auxiliary(reference: Snapshot, candidate: Snapshot, allowed: Tolerances) -> Iterator[Verdict]:
@@ -140,9 +163,9 @@ def _numbers(
     reference: list[float],
     candidate: list[float],
     tolerance: float,
-    names: list[str] | None = None,
+    *,
+    names: list[str],
 ) -> Iterator[Verdict]:
-    names = names or [f"step {step + 1}" for step in range(len(reference))]
     for place, (name, expected) in enumerate(zip(names, reference, strict=True)):
         got = candidate[place] if place < len(candidate) else torch.nan
         error = abs(got - expected) / abs(expected) if expected else abs(got)
@@ -167,13 +190,14 @@ def _of_moment(snapshot: Snapshot, moment: str) -> Tensors:
 
 def _weights(reference: Snapshot, candidate: Snapshot, allowed: Tolerances) -> Iterator[Verdict]:
     squares = _of_moment(reference, "exp_avg_sq")
+    roots = {name: square.double().sqrt() for name, square in squares.items()}
     for name in sorted(reference.weights, key=forward_place):
         start, end = reference.initial_weights[name], reference.weights[name]
         there = candidate.weights.get(name)
         if there is None or there.shape != end.shape:
             yield _missing("weight", name, allowed.update)
             continue
-        counts, noisy = _signal(squares.get(name), allowed.noise)
+        counts, noisy = _signal([reference.gradients.get(name), roots.get(name)], allowed.noise)
         moved, apart = (end - start).double() * counts, (there - end).double() * counts
         norm = float(moved.norm())
         error = float(apart.norm()) / norm if norm else float(apart.norm())
@@ -184,10 +208,14 @@ def _weights(reference: Snapshot, candidate: Snapshot, allowed: Tolerances) -> I
         )
 
 
-def _signal(squares: torch.Tensor | None, noise: float) -> tuple[torch.Tensor, int]:
-    """Return 1 for each element whose gradients are above noise, and how many are not."""
-    if squares is None:
-        return torch.ones(()), 0
-    roots = squares.double().sqrt()
-    counts = roots > noise * float(roots.square().mean().sqrt())
+def _signal(sizes: Sequence[torch.Tensor | None], noise: float) -> tuple[torch.Tensor, int]:
+    """Return 1 for each element whose gradients are above noise, and how many are not.
+
+    They must be so in the first step, when Adam makes all of them the same size, and on the whole.
+    """
+    counts = torch.ones((), dtype=torch.bool)
+    for size in sizes:
+        if size is not None:
+            size = size.double().abs()
+            counts = counts & (size > noise * float(size.square().mean().sqrt()))
     return counts.double(), int((~counts).sum())

@@ -7,10 +7,14 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from mcore_lab.backends import Backend
 from mcore_lab.checkpoint import step_folder
 from mcore_lab.config import Recipe
 from mcore_lab.layout import ParallelLayout
-from mcore_lab.model import BuildChunk, gpt_chunk
+from mcore_lab.model import BuildChunk, Stage, gpt_chunk
 from mcore_lab.recipes.story import train
 from mcore_lab.runtime import RankLog, choose_device, launch, process_group
 from mcore_lab.training.forward import ForwardStep, forward_step
@@ -38,9 +42,12 @@ def verify(
     """Say whether the recipe's layout on `nproc` ranks computes what one rank computes.
 
     One rank trains first, and its initial weights become a sharded checkpoint; then the layout
-    trains from that checkpoint, on the same samples. To verify a model of your own, give `build`,
-    which returns this rank's part of it as a `MegatronModule` (see `mcore_lab.model.gpt_chunk`),
-    and, if it takes other arguments, a `forward_step` (see `mcore_lab.training.forward`).
+    trains from that checkpoint, on the same samples. Weights that start at zero or one, such as
+    biases, are drawn first: there an error would leave no trace. To verify a model of your own,
+    give `build`, which returns this rank's part of it as a `MegatronModule` with what
+    Megatron-Core's schedules ask for, `model_type` and `set_input_tensor` (see
+    `mcore_lab.model.gpt_chunk`), and, if it takes other arguments, a `forward_step` (see
+    `mcore_lab.training.forward`).
 
     Raises ConfigError for what depends on the layout by its definition, LayoutError for a layout
     that breaks a rule, and RankFailedError if a rank fails or `timeout` seconds pass.
@@ -123,8 +130,29 @@ def _rank(
 ) -> Snapshot:
     with RankLog(int(os.environ["RANK"])) as log, process_group(device=device) as world:
         witness = Witness(log, initial)
+        if initial:
+            build = _with_no_constants(build)
         train(recipe, world, witness, build=build, forward_step=forward_step)
         return witness.snapshot
+
+
+def _with_no_constants(build: BuildChunk) -> BuildChunk:
+    """Draw the weights that start as zeros or ones too, such as biases and those of norms.
+
+    A bias of zero may be added twice, and a norm's weight of one be another's, without a trace.
+    """
+
+    def built(
+        recipe: Recipe, config: TransformerConfig, stage: Stage, backend: Backend, vocab_size: int
+    ) -> torch.nn.Module:
+        chunk = build(recipe, config, stage, backend, vocab_size)
+        with torch.no_grad():
+            for weight in chunk.parameters():
+                if bool((weight == weight.flatten()[0]).all()):
+                    weight.add_(torch.randn_like(weight), alpha=config.init_method_std)
+        return chunk
+
+    return built
 
 
 def layout_sizes(layout: ParallelLayout, nproc: int) -> dict[str, int | bool]:

@@ -28,8 +28,11 @@ class Tolerances:
     size, so that elements whose gradient is rounding noise move as far as others: they are left
     out, see `noise`."""
     moment: float
+    """Of Adam's moments. After the first step they know of the elements that are left out of
+    `update`, by what these do to the gradients of others."""
     noise: float
-    """Elements whose second moment is below this share of their tensor's, as roots, are noise."""
+    """Elements are noise whose first gradient, or root of the second moment, is below this share
+    of their tensor's."""
 
     @classmethod
     def of(cls, recipe: Recipe, steps: int) -> Tolerances:
@@ -45,6 +48,6 @@ class Tolerances:
             loss=8 * roundoff * of_sum,
             gradient=gradient,
             update=min(0.5, 20 * gradient * steps),
-            moment=4 * gradient * steps,
+            moment=min(0.5, 16 * gradient * steps),
             noise=min(0.1, 100 * gradient),
         )

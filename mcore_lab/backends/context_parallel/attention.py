@@ -13,6 +13,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
+from torch.nn import Parameter
 
 from mcore_lab.backends.context_parallel.all_to_all import check_heads
 from mcore_lab.backends.context_parallel.functional import check_groups, context_parallel_attention
@@ -58,6 +59,10 @@ class TorchDotProductAttention(DotProductAttention):
             pg_collection=pg_collection,
         )
         self.config = config
+        if isinstance(self.softmax_offset, Parameter):
+            # Split by heads: without the mark the norm that clips gradients has one rank's only
+            # (Megatron-LM #7452, finding 8).
+            self.softmax_offset.tensor_model_parallel = True  # type: ignore[attr-defined]
         if v_channels is not None:
             self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
         self._comm_type = cp_comm_type or "p2p"

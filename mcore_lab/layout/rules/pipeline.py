@@ -124,6 +124,22 @@ def stage_layout_fits(case: Case) -> Iterator[BrokenRule]:
         )
 
 
+def tied_weights_can_be_saved(case: Case) -> Iterator[BrokenRule]:
+    """A model that predicts several tokens is not tied across stages: it could not be saved.
+
+    The last stage has an embedding of its own then, and its output layer a weight that
+    `LanguageModule.sharded_state_dict` does not expect.
+    """
+    tied = case.of_model("share_embeddings_and_output_weights")
+    if tied and case.of_model("mtp_num_layers") and case.layout.pp > 1:
+        yield BrokenRule(
+            rule="with mtp_num_layers and pp above 1 the output layer needs a weight of its own",
+            numbers=f"mtp_num_layers {case.of_model('mtp_num_layers')}, pp {case.layout.pp}, "
+            "share_embeddings_and_output_weights True",
+            fix="--model.share-embeddings-and-output-weights False, or --layout.pp 1",
+        )
+
+
 def _layers_fit(case: Case, layers: int, layout: ParallelLayout) -> bool:
     ends = _uneven_ends(case)
     if not ends:
@@ -191,4 +207,5 @@ RULES: tuple[Rule, ...] = (
     layers_are_divided_in_one_way,
     layers_divide,
     stage_layout_fits,
+    tied_weights_can_be_saved,
 )

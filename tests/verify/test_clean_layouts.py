@@ -1,0 +1,53 @@
+"""No false alarm: layouts that are right are found to be, from the losses to Adam's moments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from mcore_lab.layout import ParallelLayout
+from mcore_lab.verify import Reference
+
+ONE = ParallelLayout()
+DISTOPT = replace(ONE, use_distributed_optimizer=True)
+CLEAN = [
+    ("dense", 2, ONE.resized(tp=2)),
+    ("dense", 2, ONE.resized(tp=2, sp=True)),
+    ("dense", 2, ONE.resized(cp=2)),
+    ("dense", 2, ONE.resized(pp=2)),
+    ("dense", 2, ONE.resized(pp=2, vpp=2)),
+    ("dense", 2, DISTOPT),
+    ("dense", 4, DISTOPT.resized(cp=2)),
+    ("dense", 4, ONE.resized(tp=2, sp=True, pp=2)),
+    ("bf16", 2, ONE.resized(tp=2, sp=True)),
+    ("bf16", 2, ONE.resized(pp=2)),
+    ("bf16", 2, DISTOPT),
+    ("moe", 2, ONE.resized(ep=2)),
+    ("moe", 2, ONE.resized(tp=2, sp=True, ep=2, etp=1)),
+    ("moe", 2, ONE.resized(tp=2, sp=True, etp=1)),
+    ("moe", 4, ONE.resized(tp=2, sp=True, ep=2, etp=2)),
+    ("moe", 4, ONE.resized(cp=2, pp=2, ep=2)),
+    ("mla", 2, ONE.resized(tp=2)),
+    ("mla", 2, ONE.resized(tp=2, sp=True)),
+    ("mla", 2, ONE.resized(cp=2)),
+    ("mtp", 2, ONE.resized(tp=2, sp=True)),
+    ("mtp", 2, DISTOPT),
+]
+
+
+def _name(of: object) -> str:
+    from mcore_lab.verify.run import layout_sizes
+
+    model, ranks, layout = of  # type: ignore[misc]
+    sizes = layout_sizes(layout, ranks)
+    return "-".join([model, *(name if on is True else f"{name}{on}" for name, on in sizes.items())])
+
+
+@pytest.mark.parametrize("case", CLEAN, ids=_name)
+def test_a_layout_that_is_right_passes(
+    case: tuple[str, int, ParallelLayout], reference: Callable[[str], Reference]
+) -> None:
+    of, ranks, layout = case
+    reference(of).verify(layout, ranks).require()
