@@ -48,6 +48,6 @@ class Tolerances:
             loss=8 * roundoff * of_sum,
             gradient=gradient,
             update=min(0.5, 20 * gradient * steps),
-            moment=min(0.5, 16 * gradient * steps),
+            moment=min(0.75, 16 * gradient * steps),
             noise=min(0.1, 100 * gradient),
         )
