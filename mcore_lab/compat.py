@@ -82,6 +82,15 @@ def megatron_core_folder() -> Path:
     raise ModuleNotFoundError("megatron-core is not installed", name="megatron.core")
 
 
+@functools.cache
+def megatron_core_is_before(version: str) -> bool:
+    """Say whether the installed Megatron-Core is older than `version`; False if there is none."""
+    try:
+        return Version(importlib.metadata.version("megatron-core")) < Version(version)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
 class _Object:
     """Stands for any type whose values cannot be written as text."""
 

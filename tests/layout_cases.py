@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from mcore_lab.compat import megatron_core_is_before
 from mcore_lab.layout import ParallelLayout
 from mcore_lab.layout.rules.case import Case
 
@@ -427,6 +428,21 @@ WRONG = {
         "each to a multiple of 4; "
         "use --data.pack-documents False, or a model without moe_aux_loss_coeff",
         mended={"data": {"pack_documents": False}},
+    ),
+    **(
+        {}
+        if megatron_core_is_before("0.17")
+        else {
+            "predicted_tokens_of_split_sequences": Wrong(
+                layout={"cp": 2},
+                world=2,
+                model=transformer(mtp_num_layers=1),
+                says="with mtp_num_layers, Megatron-Core from 0.17 on needs cp 1, "
+                "or gradients are off: mtp_num_layers 1, cp 2; "
+                "use --layout.cp 1, or a model without mtp_num_layers",
+                mended={"layout": {"cp": 1}},
+            )
+        }
     ),
     "packed_documents_with_attention_dropout": Wrong(
         data={"pack_documents": True},

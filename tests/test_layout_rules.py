@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layout_cases import WRONG, Data, Model, Wrong, layout_of
 
+from mcore_lab.compat import megatron_core_is_before
 from mcore_lab.errors import LayoutError
 from mcore_lab.layout import SHORT_NAMES, BrokenRule
 from mcore_lab.layout.rules import RULES, broken_rules
@@ -43,8 +44,9 @@ def test_the_mended_layout_passes(wrong: Wrong):
 
 def test_every_rule_has_an_example_that_breaks_it():
     cases = [w.case for w in WRONG.values() if " at least 1" not in w.says]
-    unbroken = [rule for rule in RULES if not any(list(rule(case)) for case in cases)]
-    assert unbroken == []
+    unbroken = [rule.__name__ for rule in RULES if not any(list(rule(case)) for case in cases)]
+    of_newer = ["predicted_tokens_see_whole_sequences"]
+    assert unbroken == (of_newer if megatron_core_is_before("0.17") else [])
 
 
 def test_all_broken_rules_are_reported_at_once():

@@ -68,13 +68,17 @@ def test_experts_split_otherwise_than_the_rest_are_wrong_before_0_19(
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_several_predicted_tokens_are_weighed_by_each_ranks_tokens(
-    ranks: int, tmp_path: Path
+    ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In what is reported, and in 0.19 also in what is trained.
+    """In what is reported, and in 0.19 also in what is trained, so that a rule refuses it.
 
     On 4 ranks there are others in the world beside those that share a sequence.
     """
     layout = ParallelLayout(context_parallel_size=2)
+    if IS_0_19:
+        with pytest.raises(LayoutError, match=r"from 0\.17 on needs cp 1"):
+            verified(RECIPES["mtp"], layout, tmp_path, ranks)
+        monkeypatch.setattr("mcore_lab.layout.parallel.broken_rules", lambda _: [])
     report = verified(RECIPES["mtp"], layout, tmp_path, ranks)
     require_named(report, {"auxiliary loss"}, "multi-token prediction", "#7498")
     gradients = [verdict.name for verdict in report.off if verdict.kind == "gradient"]

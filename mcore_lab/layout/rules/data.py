@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from mcore_lab.compat import megatron_core_is_before
 from mcore_lab.layout.rules.case import Case, Rule
 from mcore_lab.layout.rules.report import (
     BrokenRule,
@@ -67,6 +68,21 @@ def experts_count_no_padding(case: Case) -> Iterator[BrokenRule]:
         works=splits,
         note=f", or padded tokens count in {counting}",
     )
+
+
+def predicted_tokens_see_whole_sequences(case: Case) -> Iterator[BrokenRule]:
+    """Several predicted tokens and context parallelism are right together before 0.17 only.
+
+    From then on the loss of each is divided by the tokens that a rank has, and not by those that
+    all ranks have: its gradients are off by percents. Source: Megatron-LM #7498.
+    """
+    tokens = case.of_model("mtp_num_layers")
+    if tokens and case.layout.cp > 1 and not megatron_core_is_before("0.17"):
+        yield BrokenRule(
+            rule="with mtp_num_layers, Megatron-Core from 0.17 on needs cp 1, or gradients are off",
+            numbers=f"mtp_num_layers {tokens}, cp {case.layout.cp}",
+            fix="--layout.cp 1, or a model without mtp_num_layers",
+        )
 
 
 def packed_documents_drop_no_attention(case: Case) -> Iterator[BrokenRule]:
@@ -166,6 +182,7 @@ def _micro_batch_group(case: Case) -> int:
 RULES: tuple[Rule, ...] = (
     sequence_fits_the_model,
     experts_count_no_padding,
+    predicted_tokens_see_whole_sequences,
     packed_documents_drop_no_attention,
     batch_divides,
     micro_batch_groups_reach_all_stages,
