@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from mcore_lab.config import Recipe
     from mcore_lab.verify.sweep import Outcome, Sweep
 
+_SMALL = ("dense", "moe")
 _WHAT = """Verify every layout up to N ranks that the rules allow: of the recipes that are named, or
-of a small dense model and a small mixture of experts. What is known already is not run again."""
+of dense and moe, a small model of each kind. What is known already is not run again."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -25,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
     if min(options.world, options.workers, options.steps) < 1:
         raise ConfigError("--world, --workers and --steps expect 1 or more")
-    named = [_of_sweep(name) for name in options.recipes]
+    named = {name: _of_sweep(name) for name in options.recipes if name not in _SMALL}
 
     from mcore_lab import cpu
 
@@ -33,7 +34,8 @@ def main(argv: Sequence[str]) -> int:
     from mcore_lab.verify.layouts import allowed_layouts
     from mcore_lab.verify.sweep import DENSE, MOE, Outcome, sweep
 
-    recipes = named or [DENSE, MOE]
+    named |= dict(zip(_SMALL, (DENSE, MOE), strict=True))
+    recipes = [named[name] for name in options.recipes or _SMALL]
     total = sum(len(allowed_layouts(recipe, options.world)[0]) for recipe in recipes)
     found = sweep(
         recipes,
@@ -53,7 +55,8 @@ def main(argv: Sequence[str]) -> int:
 
 def _parser() -> Parser:
     parser = Parser(prog="mcore-lab verify --sweep", description=_WHAT)
-    parser.add_argument("recipes", nargs="*", metavar="NAME", help="recipes, or TOML files")
+    what = "recipes, TOML files, dense or moe"
+    parser.add_argument("recipes", nargs="*", metavar="NAME", help=what)
     parser.add_argument("--sweep", action="store_true", help="this")
     parser.add_argument("--world", type=int, default=8, metavar="N", help="ranks at most (8)")
     parser.add_argument("--workers", type=int, default=1, help="layouts at a time (1)")

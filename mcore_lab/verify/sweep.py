@@ -103,7 +103,7 @@ class Sweep:
         """Return everything as plain values, with the versions that it was found for."""
         recipes = list(self.refused)
         return {
-            "command": f"mcore-lab verify --sweep --world {self.world_size}",
+            "command": f"mcore-lab verify --sweep {' '.join(recipes)} --world {self.world_size}",
             **_versions(),
             "steps": self.steps,
             "seconds": round(self.seconds, 1),
