@@ -148,7 +148,7 @@ def _losses(
     expected = reference.losses[step]
     there = candidate.losses[step] if step < len(candidate.losses) else []
     names = [f"step {step + 1}, micro-batch {n + 1}" for n in range(len(expected))]
-    yield from _numbers("loss", expected, there, allowed.loss * (step + 1) ** 0.5, names=names)
+    yield from _numbers("loss", expected, there, allowed.loss_of(step), names=names)
 
 
 def _auxiliary(reference: Snapshot, candidate: Snapshot, allowed: Tolerances) -> Iterator[Verdict]:

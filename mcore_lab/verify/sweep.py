@@ -206,7 +206,7 @@ def _outcome(reference: Reference, recipe: Recipe, world: int, layout: ParallelL
     return Outcome(
         recipe=recipe.name,
         world_size=world,
-        layout=_words(world, layout),
+        layout=layout_words(world, layout),
         status=status,
         conclusion=conclusion,
         seconds=round(time.perf_counter() - started, 2),
@@ -214,10 +214,11 @@ def _outcome(reference: Reference, recipe: Recipe, world: int, layout: ParallelL
 
 
 def _key(world: int, layout: ParallelLayout) -> str:
-    return f"{world} {_words(world, layout)}"
+    return f"{world} {layout_words(world, layout)}"
 
 
-def _words(world: int, layout: ParallelLayout) -> str:
+def layout_words(world: int, layout: ParallelLayout) -> str:
+    """Return a layout as a person writes it, `tp2 sp dp4`; nothing for one that splits nothing."""
     sizes = layout_sizes(layout, world)
     return " ".join(name if size is True else f"{name}{size}" for name, size in sizes.items())
 

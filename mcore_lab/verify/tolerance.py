@@ -34,6 +34,15 @@ class Tolerances:
     """Elements are noise whose first gradient, or root of the second moment, is below this share
     of their tensor's."""
 
+    def loss_of(self, step: int) -> float:
+        """Return what a loss may be off by after `step` steps, counted from 0.
+
+        From the second step on it is of weights that may be apart, by `update` of what they have
+        moved, and a step changes the loss by some percent of itself. So does a token that is about
+        to change its experts: which side it comes down on is up to rounding.
+        """
+        return self.loss if step == 0 else self.loss * (step + 1) ** 0.5 + self.update / 20
+
     @classmethod
     def of(cls, recipe: Recipe, steps: int) -> Tolerances:
         """Return what the recipe's arithmetic allows after `steps` steps."""

@@ -282,3 +282,9 @@ def test_a_report_says_first_what_was_computed_first() -> None:
         "norm 2 times the reference's; 2 of 3 are off\nlook at it"
     )
     report(right).require()
+
+
+def test_later_losses_may_be_off_by_what_updates_do_and_the_first_may_not():
+    allowed = Tolerances.of(RECIPES["dense"], 2)
+    assert allowed.loss_of(0) == allowed.loss
+    assert allowed.loss < allowed.loss_of(1) < allowed.update / 10
