@@ -16,7 +16,6 @@ from on_ranks import on_ranks
 from one_rank import LOSS, OneRank
 from small_runs import SMALL, changed, grad_norms, losses, run
 
-import mcore_lab.backends.torch_backend
 from mcore_lab.config import Recipe
 
 MLA = {
@@ -69,17 +68,6 @@ def _mtp_losses(metrics: list[dict[str, Any]]) -> list[float]:
 def test_latent_attention_trains_as_on_one_rank(mla: OneRank, tmp_path: Path, layout: str) -> None:
     assert losses(mla.metrics)[-1] < losses(mla.metrics)[0] - 0.1
     assert mla.agrees_with(mla.on(layout, tmp_path))
-
-
-def test_on_megatron_core_s_own_class_tensor_parallel_ranks_miss_the_gradients_of_other_heads(
-    mla: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from megatron.core.transformer.multi_latent_attention import MLASelfAttention
-
-    backend = mcore_lab.backends.torch_backend
-    monkeypatch.setattr(backend, "TorchMLASelfAttention", MLASelfAttention)
-    metrics = mla.on("2 ranks: tp2 sp", tmp_path)
-    assert losses(metrics) != pytest.approx(losses(mla.metrics), rel=1e-4)
 
 
 @pytest.mark.parametrize("rope_type", ["rope", "yarn"])
