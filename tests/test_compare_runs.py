@@ -209,3 +209,17 @@ def test_what_cannot_be_compared_is_told_in_one_line(
         said = capsys.readouterr()
         assert said.err.startswith(f"error: {message}"), words
         assert said.err.count("\n") == 1 and not said.out
+
+
+def test_a_line_without_its_numbers_is_told_by_its_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, other = written(tmp_path / "a", [2.0, 1.0]), written(tmp_path / "b", [2.0, 1.0])
+    for line, number, name in (('{"step": 3}', 3, "loss"), ("[]", 3, "step")):
+        file = tmp_path / "b" / "metrics.jsonl"
+        whole = file.read_text()
+        file.write_text(whole + line + "\n")
+        assert main(["compare", one, other]) == 2
+        said = capsys.readouterr().err
+        assert said == f"error: {file} is not of a run: line {number} has no number for {name}\n"
+        file.write_text(whole)

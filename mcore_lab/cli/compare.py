@@ -11,7 +11,7 @@ from typing import Any
 from mcore_lab.cli.arguments import Parser, require_folder
 from mcore_lab.config import read_toml
 from mcore_lab.errors import ConfigError, RunFolderError, nearest
-from mcore_lab.report.divergence import Curve, Divergence, differing_keys, divergence
+from mcore_lab.report.divergence import QUANTITIES, Curve, Divergence, differing_keys, divergence
 from mcore_lab.report.tables import print_json, print_table
 from mcore_lab.training import RunFolder
 
@@ -80,9 +80,17 @@ def _compared(folders: tuple[RunFolder, RunFolder], tolerance: float) -> Diverge
 def _metrics(folder: RunFolder) -> list[dict[str, Any]]:
     if not folder.holds_a_run:
         raise RunFolderError(f"no run in {folder.path}{_runs_near(folder.path)}")
-    if lines := folder.metrics():
-        return lines
-    raise RunFolderError(f"no step is recorded in {folder.path}")
+    lines = folder.metrics()
+    if not lines:
+        raise RunFolderError(f"no step is recorded in {folder.path}")
+    for number, line in enumerate(lines, start=1):
+        for name in ("step", *QUANTITIES):
+            if not isinstance(line, dict) or not isinstance(line.get(name), int | float):
+                raise RunFolderError(
+                    f"{folder.path / 'metrics.jsonl'} is not of a run: line {number} has no number "
+                    f"for {name}"
+                )
+    return lines
 
 
 def _runs_near(path: Path) -> str:
