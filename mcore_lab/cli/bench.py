@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from mcore_lab import cpu
 from mcore_lab.cli.arguments import recipe_arguments
 from mcore_lab.cli.check import broken_rules
 from mcore_lab.errors import ConfigError, LayoutError, nearest
@@ -40,6 +41,9 @@ def _step(argv: Sequence[str]) -> int:
     from mcore_lab.runtime import choose_device, launch
 
     device = choose_device(nproc).type
+    if device == "cpu":
+        # Before all that imports Megatron-Core: it is done without its warnings and torch.compile.
+        cpu.preload()
     from mcore_lab.bench.step import measure_on_rank
 
     times = launch(measure_on_rank, nproc, recipe, _ROUNDS, device=device)[0]

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mcore_lab.cli.arguments import Parser
+from mcore_lab.cli.arguments import Parser, require_folder, write_file
 from mcore_lab.errors import ConfigError
 from mcore_lab.recipes import find_recipe, shown_layer
 from mcore_lab.report.tables import print_json, print_table
@@ -26,11 +26,9 @@ def main(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
     if min(options.world, options.workers, options.steps) < 1:
         raise ConfigError("--world, --workers and --steps expect 1 or more")
+    require_folder("--svg", options.svg)
     named = {name: _of_sweep(name) for name in options.recipes if name not in _SMALL}
 
-    from mcore_lab import cpu
-
-    cpu.preload()
     from mcore_lab.verify.layouts import allowed_layouts
     from mcore_lab.verify.sweep import DENSE, MOE, Outcome, sweep
 
@@ -92,17 +90,11 @@ def _tell(sweep: Sweep, *, as_json: bool, svg: str | None) -> int:
     if svg:
         from mcore_lab.report.sweep_matrix import sweep_matrix_svg
 
-        try:
-            Path(svg).write_text(sweep_matrix_svg([result]), encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"--svg {svg}: {error.strerror}") from None
+        write_file("--svg", svg, sweep_matrix_svg([result]))
     if as_json:
         print_json(result)
     else:
         columns = ("model", "passed", "wrong", "failed", "refused by rules")
-        print_table(columns, [(name, *counts.values()) for name, counts in _summary(result)])
+        rows = [(name, *counts.values()) for name, counts in result["summary"].items()]
+        print_table(columns, rows)
     return 0 if all(one.status == "passed" for one in sweep.outcomes) else 1
-
-
-def _summary(result: dict[str, dict[str, dict[str, int]]]) -> list[tuple[str, dict[str, int]]]:
-    return list(result["summary"].items())

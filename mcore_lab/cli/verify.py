@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mcore_lab import cpu
 from mcore_lab.cli.arguments import recipe_arguments, require_folder, write_file
 from mcore_lab.cli.check import broken_rules
 from mcore_lab.config import LaunchSettings, RunArguments
@@ -41,11 +40,6 @@ def main(argv: Sequence[str]) -> int:
     arguments, nproc = recipe_arguments("verify", _WHAT, argv, VerifySettings)
     _require_verifiable(arguments, nproc)
 
-    from mcore_lab.runtime import choose_device
-
-    if choose_device(nproc).type == "cpu":
-        # Before all that imports Megatron-Core: it is done without its warnings and torch.compile.
-        cpu.preload()
     from mcore_lab.verify import verify
 
     report = verify(arguments.recipe, nproc, steps=arguments.own["steps"])

@@ -19,6 +19,12 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     modules = {"verify": "run", "Reference": "run", "VerificationReport": "report"}
-    if name in modules:
-        return getattr(importlib.import_module(f"{__name__}.{modules[name]}"), name)
-    raise AttributeError(f"module {__name__} has no attribute {name}")
+    if name not in modules:
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    from mcore_lab import cpu
+    from mcore_lab.runtime import choose_device
+
+    if choose_device(1).type == "cpu":
+        # Before all that imports Megatron-Core: it is done without its warnings and torch.compile.
+        cpu.preload()
+    return getattr(importlib.import_module(f"{__name__}.{modules[name]}"), name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,11 @@ class LayoutDiffersError(LabError):
     """A layout does not compute what one rank computes."""
 
     exit_code = 1
+
+
+def in_words(sizes: Mapping[str, int | bool]) -> str:
+    """Return what a layout splits as a person writes it: `tp2 sp dp4`."""
+    return " ".join(name if size is True else f"{name}{size}" for name, size in sizes.items())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +73,7 @@ class VerificationReport:
     @property
     def layout_words(self) -> str:
         """Return the layout as a person writes it: `tp2 sp dp4`."""
-        words = [name if size is True else f"{name}{size}" for name, size in self.layout.items()]
-        return " ".join(words) or "one rank"
+        return in_words(self.layout) or "one rank"
 
     @property
     def conclusion(self) -> str:

@@ -9,17 +9,19 @@ import multiprocessing
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mcore_lab.config import Data, Model, Recipe, Training, recipe_to_toml
-from mcore_lab.errors import LabError
+from mcore_lab.errors import LabError, RunFolderError
 from mcore_lab.layout import ParallelLayout
 from mcore_lab.runtime import choose_device
 from mcore_lab.verify.layouts import allowed_layouts
-from mcore_lab.verify.report import VerificationReport
+from mcore_lab.verify.report import VerificationReport, in_words
 from mcore_lab.verify.run import Reference, layout_sizes
+from mcore_lab.verify.tolerance import Tolerances
 
 _SECONDS = 120.0
 """What a layout may take: one that hangs is a failure, not a wait."""
@@ -129,9 +131,10 @@ def sweep(
     """Verify every layout up to `world_size` ranks; yield each outcome, and last the whole sweep.
 
     What is found is kept in `folder`, a line a layout: a sweep that was interrupted goes on where
-    it was, if recipe and versions are the same. `workers` layouts run at a time.
+    it was, if recipe, versions and tolerances are the same. `workers` layouts run at a time.
+
+    Raises RunFolderError where `folder` cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     outcomes: list[Outcome] = []
     refused: dict[str, int] = {}
     for recipe in recipes:
@@ -158,21 +161,46 @@ def sweep(
 
 
 class _Kept:
-    """The outcomes of a recipe that are known already, for these versions."""
+    """The outcomes of a recipe that are known already, for these versions and tolerances."""
 
     def __init__(self, folder: Path, recipe: Recipe, steps: int) -> None:
-        what = recipe_to_toml(replace(recipe, layout=ParallelLayout())) + f"{steps} {_versions()}"
-        digest = hashlib.sha256(what.encode()).hexdigest()[:12]
+        same = [
+            recipe_to_toml(replace(recipe, layout=ParallelLayout())),
+            str(steps),
+            str(_versions()),
+            str(Tolerances.of(recipe, steps)),
+        ]
+        digest = hashlib.sha256("\n".join(same).encode()).hexdigest()[:12]
         self.folder = folder / f"{recipe.name}-{digest}"
-        self.folder.mkdir(exist_ok=True)
         self._file = self.folder / "outcomes.jsonl"
-        lines = self._file.read_text().splitlines() if self._file.exists() else []
-        known = [Outcome(**json.loads(line)) for line in lines]
-        self.outcomes = {f"{one.world_size} {one.layout}": one for one in known}
+        self.outcomes: dict[str, Outcome] = {}
+        with _writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lines = self._file.read_text().splitlines() if self._file.exists() else []
+        for line in lines:
+            # A sweep that was killed may have left its last line unfinished.
+            with suppress(json.JSONDecodeError):
+                one = Outcome(**json.loads(line))
+                self.outcomes[f"{one.world_size} {one.layout}"] = one
+        if lines and len(self.outcomes) < len(lines):
+            self._write("w", *self.outcomes.values())
 
     def add(self, outcome: Outcome) -> None:
-        with self._file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(outcome)) + "\n")
+        self._write("a", outcome)
+
+    def _write(self, mode: str, *outcomes: Outcome) -> None:
+        with _writing(self.folder), self._file.open(mode, encoding="utf-8") as file:
+            file.writelines(json.dumps(asdict(one)) + "\n" for one in outcomes)
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunFolderError(
+            f"cannot keep what is found in {folder}: {error.strerror}; --folder names another"
+        ) from error
 
 
 def _verified(
@@ -219,8 +247,7 @@ def _key(world: int, layout: ParallelLayout) -> str:
 
 def layout_words(world: int, layout: ParallelLayout) -> str:
     """Return a layout as a person writes it, `tp2 sp dp4`; nothing for one that splits nothing."""
-    sizes = layout_sizes(layout, world)
-    return " ".join(name if size is True else f"{name}{size}" for name, size in sizes.items())
+    return in_words(layout_sizes(layout, world))
 
 
 def _versions() -> dict[str, str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mcore_lab.cli import main
 from mcore_lab.layout import ParallelLayout
 from mcore_lab.verify.layouts import allowed_layouts, layouts_of
 from mcore_lab.verify.sweep import DENSE, MOE, Outcome, Sweep, sweep
@@ -66,3 +67,29 @@ def test_a_sweep_verifies_every_layout_once_and_goes_on_where_it_was(tmp_path: P
     known = {one.layout: one for one in first if isinstance(one, Outcome)}
     same = [one for one in again if isinstance(one, Outcome) and one == known[one.layout]]
     assert len(again) == 5 and len(same) >= 4
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "file").touch()
+    words = ["verify", "--sweep", "dense", "--world", "1"]
+    assert main([*words, "--folder", str(tmp_path / "file")]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith(f"error: cannot keep what is found in {tmp_path}/file/dense-")
+    assert said.err.count("\n") == 1 and said.out == ""
+    assert main([*words, "--folder", str(tmp_path), "--svg", f"{tmp_path}/no/matrix.svg"]) == 2
+    assert capsys.readouterr().err == (
+        f"error: --svg {tmp_path}/no/matrix.svg: there is no folder {tmp_path}/no\n"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_unfinished_line_of_a_sweep_that_was_killed_is_forgotten(tmp_path: Path):
+    (first, _) = sweep([DENSE], 1, tmp_path, steps=1)
+    file = next(tmp_path.glob("dense-*")) / "outcomes.jsonl"
+    whole = file.read_text()
+    file.write_text(whole + '{"recipe": "den')
+    (again, _) = sweep([DENSE], 1, tmp_path, steps=1)
+    assert again == first
+    assert file.read_text() == whole
