@@ -51,3 +51,13 @@ def test_a_layout_that_is_right_passes(
 ) -> None:
     of, ranks, layout = case
     reference(of).verify(layout, ranks).require()
+
+
+def test_what_a_rank_sends_of_each_layer_is_not_the_tensor_of_all_layers(
+    reference: Callable[[str], Reference],
+) -> None:
+    """Pickled, a view takes the whole along: of ten layers, ten times the model."""
+    weights = reference("dense").snapshot.weights
+    assert any(".layers.3." in name for name in weights)
+    for weight in weights.values():
+        assert weight.untyped_storage().nbytes() == weight.nbytes
