@@ -120,6 +120,20 @@ class Sweep:
         }
 
 
+def fewest_samples(recipe: Recipe, world_size: int, layout: ParallelLayout) -> int:
+    """Return the samples a step that show a layout at work, at most the recipe's own.
+
+    Each replica accumulates the gradients of two micro-batches or more, and of one a stage.
+    """
+    dp = layout.data_parallel_size(world_size)
+    most, each = recipe.data.global_batch_size, recipe.data.micro_batch_size * dp
+    for samples in range(each * max(2, layout.pp), most, each):
+        data = replace(recipe.data, global_batch_size=samples)
+        if not layout.check(recipe.model, data, world_size):
+            return samples
+    return most
+
+
 def sweep(
     recipes: Sequence[Recipe],
     world_size: int,
@@ -130,6 +144,7 @@ def sweep(
 ) -> Iterator[Outcome | Sweep]:
     """Verify every layout up to `world_size` ranks; yield each outcome, and last the whole sweep.
 
+    A layout is verified on as few samples a step as it needs, see `fewest_samples`.
     What is found is kept in `folder`, a line a layout: a sweep that was interrupted goes on where
     it was, if recipe, versions and tolerances are the same. `workers` layouts run at a time.
 
@@ -213,14 +228,27 @@ def _verified(
     if not layouts:
         return
     device = choose_device(max(world for world, _ in layouts)).type
-    reference = Reference(recipe, folder, steps, timeout=_SECONDS, device=device)
+    samples = [fewest_samples(recipe, *layout) for layout in layouts]
+    references = {
+        few: Reference(
+            replace(recipe, data=replace(recipe.data, global_batch_size=few)),
+            folder / f"{few}_samples",
+            steps,
+            timeout=_SECONDS,
+            device=device,
+        )
+        for few in sorted(set(samples))
+    }
+    todo = [
+        (references[few], recipe, *layout) for few, layout in zip(samples, layouts, strict=True)
+    ]
     if workers == 1:
-        yield from (_outcome(reference, recipe, *layout) for layout in layouts)
+        yield from (_outcome(*one) for one in todo)
         return
-    # Forked here, a worker has what the reference computed, and has imported everything.
+    # Forked here, a worker has imported everything.
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        waiting = [pool.submit(_outcome, reference, recipe, *layout) for layout in layouts]
+        waiting = [pool.submit(_outcome, *one) for one in todo]
         yield from (done.result() for done in as_completed(waiting))
 
 

@@ -10,7 +10,7 @@ import pytest
 from mcore_lab.cli import main
 from mcore_lab.layout import ParallelLayout
 from mcore_lab.verify.layouts import allowed_layouts, layouts_of
-from mcore_lab.verify.sweep import DENSE, MOE, Outcome, Sweep, sweep
+from mcore_lab.verify.sweep import DENSE, MOE, Outcome, Sweep, fewest_samples, sweep
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 6, 8])
@@ -47,6 +47,19 @@ def test_what_is_not_allowed_breaks_a_rule(recipe):
     for world, layout in worlds:
         broken = layout.check(recipe.model, recipe.data, world)
         assert bool(broken) == ((world, layout) not in allowed)
+
+
+def test_a_layout_is_swept_on_as_few_samples_as_show_it_and_the_rules_allow():
+    base = ParallelLayout()
+    assert fewest_samples(DENSE, 4, base.resized(tp=4)) == 2
+    assert fewest_samples(DENSE, 8, base.resized(pp=4, tp=2)) == 4
+    assert fewest_samples(DENSE, 8, base.resized(pp=2, tp=2)) == 4
+    # No replica has less than a sample, nor a step more than the recipe's.
+    assert fewest_samples(DENSE, 8, base) == 8
+    for recipe in (DENSE, MOE):
+        for world, layout in allowed_layouts(recipe, 8)[0]:
+            data = replace(recipe.data, global_batch_size=fewest_samples(recipe, world, layout))
+            assert not layout.check(recipe.model, data, world)
 
 
 def test_a_sweep_verifies_every_layout_once_and_goes_on_where_it_was(tmp_path: Path):
