@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -54,10 +55,17 @@ def smallest_world(layout: ParallelLayout) -> int:
     return max(1, layout.pp * math.lcm(dense, experts))
 
 
-def require_folder(option: str, file: str | None) -> None:
-    """Raise ConfigError if the file cannot be written as its folder is not there."""
-    if file is not None and not Path(file).parent.is_dir():
-        raise ConfigError(f"{option} {file}: there is no folder {Path(file).parent}")
+def require_writable(option: str, file: str | None) -> None:
+    """Raise ConfigError if it can be seen beforehand that the file cannot be written."""
+    if file is None:
+        return
+    path = Path(file)
+    if not path.parent.is_dir():
+        raise ConfigError(f"{option} {file}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise ConfigError(f"{option} {file}: it is a folder; name a file in it")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"{option} {file}: it may not be written")
 
 
 def write_file(option: str, file: str, content: str) -> None:

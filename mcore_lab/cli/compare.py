@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mcore_lab.cli.arguments import Parser, require_folder
+from mcore_lab.cli.arguments import Parser, require_writable
 from mcore_lab.config import read_toml
 from mcore_lab.errors import ConfigError, RunFolderError, nearest
 from mcore_lab.report.divergence import QUANTITIES, Curve, Divergence, differing_keys, divergence
@@ -59,7 +59,7 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
 
         if options.plot.suffix not in _PICTURES:
             raise ConfigError(f"--plot {options.plot}: a file that ends in {', '.join(_PICTURES)}")
-        require_folder("--plot", options.plot)
+        require_writable("--plot", options.plot)
         require_matplotlib()
     return options
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mcore_lab.cli.arguments import Parser, require_folder, write_file
+from mcore_lab.cli.arguments import Parser, require_writable, write_file
 from mcore_lab.errors import ConfigError
 from mcore_lab.recipes import find_recipe, shown_layer
 from mcore_lab.report.tables import print_json, print_table
@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
     if min(options.world, options.workers, options.steps) < 1:
         raise ConfigError("--world, --workers and --steps expect 1 or more")
-    require_folder("--svg", options.svg)
+    require_writable("--svg", options.svg)
     named = {name: _of_sweep(name) for name in options.recipes if name not in _SMALL}
 
     from mcore_lab.verify.layouts import allowed_layouts

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mcore_lab.cli.arguments import recipe_arguments, require_folder, write_file
+from mcore_lab.cli.arguments import recipe_arguments, require_writable, write_file
 from mcore_lab.cli.check import broken_rules
 from mcore_lab.config import LaunchSettings, RunArguments
 from mcore_lab.errors import ConfigError, LayoutError
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
 
     from mcore_lab.verify import verify
 
-    report = verify(arguments.recipe, nproc, steps=arguments.own["steps"])
+    report = verify(arguments.recipe, arguments.recipe.layout, nproc, steps=arguments.own["steps"])
     result = report.as_json()
     if arguments.json:
         print_json(result)
@@ -68,7 +68,7 @@ def _require_verifiable(arguments: RunArguments, nproc: int) -> None:
         )
     if arguments.own["steps"] < 1:
         raise ConfigError(f"--steps expects 1 or more; got {arguments.own['steps']}")
-    require_folder("--html", arguments.own["html"])
+    require_writable("--html", arguments.own["html"])
     if broken := recipe.layout.check(recipe.model, recipe.data, nproc):
         raise LayoutError(broken_rules(recipe, nproc, broken))
     require_trainable(recipe)

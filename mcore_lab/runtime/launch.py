@@ -169,8 +169,8 @@ def _rank_main(
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     # 0.16 writes checkpoints in processes that the rank forks, which would wait for it for ever.
-    _end_with_parent()
-    os.register_at_fork(after_in_child=_end_with_parent)
+    end_with_parent()
+    os.register_at_fork(after_in_child=end_with_parent)
     # The launching process serves the store from a thread that takes glibc's resolver lock for each
     # rank that connects. A rank forked in that moment would find the lock taken for good.
     all_started.wait(_START_SECONDS)
@@ -194,7 +194,7 @@ def _rank_main(
             faulthandler.cancel_dump_traceback_later()
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Have the kernel end this process when the one that started it ends, however it ends."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

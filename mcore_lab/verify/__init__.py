@@ -1,7 +1,7 @@
 """Whether a layout computes what one rank computes.
 
-`verify(recipe, nproc)` runs both and returns a `VerificationReport`. Imported when they are asked
-for: `comparable` and `layouts` answer without torch.
+`verify(recipe, layout, nproc)` runs both and returns a `VerificationReport`. Imported when they are
+asked for: `comparable` and `layouts` answer without torch.
 """
 
 from __future__ import annotations

@@ -64,6 +64,12 @@ def _balance(recipe: Recipe) -> Iterator[str]:
                 "--model.transformer.moe-router-load-balancing-type seq_aux_loss (by sequence), or "
                 "--model.transformer.moe-aux-loss-coeff 0"
             )
+        if kind == "sinkhorn":
+            yield (
+                "sinkhorn routing weighs a token against all others that its rank has, so it "
+                "depends on how a layout splits them: "
+                "--model.transformer.moe-router-load-balancing-type none"
+            )
     if fields.get("moe_router_enable_expert_bias"):
         yield (
             "the experts' bias follows counts of tokens, in steps of a fixed size: a tie that "

@@ -32,6 +32,7 @@ STEPS = 3
 
 def verify(
     recipe: Recipe,
+    layout: ParallelLayout,
     nproc: int,
     *,
     steps: int = STEPS,
@@ -39,7 +40,7 @@ def verify(
     forward_step: ForwardStep = forward_step,
     timeout: float | None = None,
 ) -> VerificationReport:
-    """Say whether the recipe's layout on `nproc` ranks computes what one rank computes.
+    """Say whether a layout of `nproc` ranks computes what one rank computes.
 
     One rank trains first, and its initial weights become a sharded checkpoint; then the layout
     trains from that checkpoint, on the same samples. Weights that start at zero or one, such as
@@ -55,7 +56,7 @@ def verify(
     device = choose_device(nproc).type
     with tempfile.TemporaryDirectory(prefix="mcore_lab-") as folder:
         reference = Reference(recipe, Path(folder), steps, build, forward_step, timeout, device)
-        return reference.verify(recipe.layout, nproc)
+        return reference.verify(layout, nproc)
 
 
 class Reference:

@@ -6,6 +6,8 @@ import hashlib
 import importlib.metadata
 import json
 import multiprocessing
+import os
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -18,10 +20,15 @@ from mcore_lab.config import Data, Model, Recipe, Training, recipe_to_toml
 from mcore_lab.errors import LabError, RunFolderError
 from mcore_lab.layout import ParallelLayout
 from mcore_lab.runtime import choose_device
+from mcore_lab.runtime.launch import end_with_parent
+from mcore_lab.verify import Reference
 from mcore_lab.verify.layouts import allowed_layouts
 from mcore_lab.verify.report import VerificationReport, in_words
-from mcore_lab.verify.run import Reference, layout_sizes
+from mcore_lab.verify.run import layout_sizes
 from mcore_lab.verify.tolerance import Tolerances
+
+STEPS = 2
+"""Optimizer steps that are compared: the second is of the weights that the first left."""
 
 _SECONDS = 120.0
 """What a layout may take: one that hangs is a failure, not a wait."""
@@ -95,7 +102,7 @@ class Sweep:
     world_size: int
     steps: int
     seconds: float
-    """Wall time of the layouts, added up."""
+    """Wall time of the layouts, added up; the runs of one rank are not in it."""
 
     def count(self, recipe: str, status: str) -> int:
         """Return how many layouts of a recipe ended so."""
@@ -105,7 +112,8 @@ class Sweep:
         """Return everything as plain values, with the versions that it was found for."""
         recipes = list(self.refused)
         return {
-            "command": f"mcore-lab verify --sweep {' '.join(recipes)} --world {self.world_size}",
+            "command": f"mcore-lab verify --sweep {' '.join(recipes)} --world {self.world_size}"
+            + f" --steps {self.steps}" * (self.steps != STEPS),
             **_versions(),
             "steps": self.steps,
             "seconds": round(self.seconds, 1),
@@ -139,7 +147,7 @@ def sweep(
     world_size: int,
     folder: Path,
     *,
-    steps: int = 2,
+    steps: int = STEPS,
     workers: int = 1,
 ) -> Iterator[Outcome | Sweep]:
     """Verify every layout up to `world_size` ranks; yield each outcome, and last the whole sweep.
@@ -239,17 +247,41 @@ def _verified(
         )
         for few in sorted(set(samples))
     }
-    todo = [
-        (references[few], recipe, *layout) for few, layout in zip(samples, layouts, strict=True)
-    ]
+    todo = list(zip(samples, layouts, strict=True))
     if workers == 1:
-        yield from (_outcome(*one) for one in todo)
+        yield from (_outcome(references[few], recipe, *layout) for few, layout in todo)
         return
-    # Forked here, a worker has imported everything.
+    # Forked here, a worker has imported everything, and has what the references computed.
     context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        waiting = [pool.submit(_outcome, *one) for one in todo]
-        yield from (done.result() for done in as_completed(waiting))
+    with ProcessPoolExecutor(workers, context, _begin_worker, (references,)) as pool:
+        waiting = [pool.submit(_outcome_of_worker, few, recipe, *layout) for few, layout in todo]
+        try:
+            yield from (done.result() for done in as_completed(waiting))
+        except BaseException:
+            # Else the pool would wait for all layouts that are queued.
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            raise
+
+
+_of_worker: dict[int, Reference] = {}
+"""In a worker, the references by their samples: they are forked with it, not sent for a layout."""
+
+
+def _begin_worker(references: dict[int, Reference]) -> None:
+    end_with_parent()
+    _of_worker.update(references)
+    # Between two layouts a worker ends without a word: the process that forked it speaks.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: os._exit(128 + number))
+
+
+def _outcome_of_worker(samples: int, recipe: Recipe, world: int, layout: ParallelLayout) -> Outcome:
+    try:
+        return _outcome(_of_worker[samples], recipe, world, layout)
+    except (KeyboardInterrupt, SystemExit):
+        # The pool would take it for what this layout came to, and give the worker the next.
+        os._exit(1)
 
 
 def _outcome(reference: Reference, recipe: Recipe, world: int, layout: ParallelLayout) -> Outcome:

@@ -32,6 +32,10 @@ def test_models_that_are_verified_are_comparable(name: str) -> None:
             "--model.transformer.moe-aux-loss-coeff 0",
         ),
         (
+            {"moe_router_load_balancing_type": "sinkhorn"},
+            "--model.transformer.moe-router-load-balancing-type none",
+        ),
+        (
             {"moe_router_enable_expert_bias": True},
             "--model.transformer.moe-router-enable-expert-bias False",
         ),

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from mcore_lab.cli import main
@@ -95,6 +101,10 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_runs(
     assert capsys.readouterr().err == (
         f"error: --svg {tmp_path}/no/matrix.svg: there is no folder {tmp_path}/no\n"
     )
+    assert main([*words, "--folder", str(tmp_path), "--svg", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == (
+        f"error: --svg {tmp_path}: it is a folder; name a file in it\n"
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -106,3 +116,34 @@ def test_an_unfinished_line_of_a_sweep_that_was_killed_is_forgotten(tmp_path: Pa
     (again, _) = sweep([DENSE], 1, tmp_path, steps=1)
     assert again == first
     assert file.read_text() == whole
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, -15)])
+def test_an_interrupted_sweep_of_several_workers_ends_at_once_and_leaves_none(
+    tmp_path: Path, number: int, status: int
+):
+    words = [sys.executable, "-m", "mcore_lab", "verify", "--sweep", "dense", "--world", "2"]
+    process = subprocess.Popen(
+        [*words, "--workers", "2", "--folder", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # Tests that run in a shell's background inherit that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    family: list[psutil.Process] = []
+    try:
+        assert process.stdout and process.stdout.readline().startswith("1/")
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert len(family) >= 2
+        # As a terminal does for Ctrl-C, and as `kill` does.
+        os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+        _, said = process.communicate(timeout=30)
+        assert process.returncode == status
+        assert said == ("error: interrupted\n" if number == signal.SIGINT else "")
+        assert psutil.wait_procs(family, timeout=10)[1] == []
+    finally:
+        for one in [process, *family]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()

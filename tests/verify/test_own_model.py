@@ -28,9 +28,9 @@ from mcore_lab.training.forward import token_loss
 from mcore_lab.verify import verify
 from mcore_lab.verify.report import LayoutDiffersError
 
+TP2 = ParallelLayout(tensor_model_parallel_size=2)
 RECIPE = Recipe(
     name="bigrams",
-    layout=ParallelLayout(tensor_model_parallel_size=2),
     model=Model(hidden_size=32, transformer={"hidden_dropout": 0.0, "attention_dropout": 0.0}),
     data=Data(sequence_length=16, micro_batch_size=2, global_batch_size=4),
     training=Training(lr=1e-2),
@@ -90,7 +90,7 @@ def step(data_iterator: Iterator[Batch], model: torch.nn.Module) -> Any:
 
 
 def test_a_model_of_ones_own_is_verified() -> None:
-    report = verify(RECIPE, 2, steps=2, build=bigrams, forward_step=step, timeout=60)
+    report = verify(RECIPE, TP2, 2, steps=2, build=bigrams, forward_step=step, timeout=60)
     report.require()
     names = {verdict.name for verdict in report.verdicts if verdict.kind == "gradient"}
     assert names == {
@@ -100,7 +100,7 @@ def test_a_model_of_ones_own_is_verified() -> None:
 
 
 def test_an_error_in_it_is_found() -> None:
-    report = verify(RECIPE, 2, steps=2, build=with_half_a_sum, forward_step=step, timeout=60)
+    report = verify(RECIPE, TP2, 2, steps=2, build=with_half_a_sum, forward_step=step, timeout=60)
     with pytest.raises(LayoutDiffersError, match=r"gradient embedding\.weight"):
         report.require()
     assert report.first is not None and report.first.kind == "gradient"
