@@ -18,6 +18,7 @@ COMMANDS = {
     "recipes": "list the recipes",
     "verify": "say whether a layout computes what one rank computes",
     "compare": "say from which step on two runs differ",
+    "checkpoint": "look at checkpoints, and see that they are whole",
     "bench": "time a recipe's step beside a bare Megatron-Core loop",
     "doctor": "say what this machine has, what that allows, and what is missing",
 }

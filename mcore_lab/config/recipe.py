@@ -149,6 +149,8 @@ class Checkpoint:
     """Steps between checkpoints; only after the last step if not set."""
     load: str | None = None
     """Start from the weights of this checkpoint, at step 0, with a new optimizer."""
+    verify: Literal["on", "off"] = "on"
+    """Hold a checkpoint's files against their hashes before anything is loaded."""
 
     def saves_after(self, step: int, last: int) -> bool:
         """Say whether a checkpoint is written after this step."""

@@ -84,10 +84,11 @@ def train(
     first_step = 0
     checkpoints = recorder.folder.checkpoints
     if start := starting_point(recipe.checkpoint.load, training.resume, checkpoints):
+        verify = recipe.checkpoint.verify == "on"
         if start.weights_only:
-            load_weights(start.path, model, optimizer)
+            load_weights(start.path, model, optimizer, verify=verify)
         else:
-            first_step = load_checkpoint(start.path, model, optimizer, scheduler)
+            first_step = load_checkpoint(start.path, model, optimizer, scheduler, verify=verify)
 
     recorder.begin(recipe, world, backend, first_step)
     recorder.look_at_start(model, optimizer, scheduler)
