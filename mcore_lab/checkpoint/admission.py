@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from mcore_lab.checkpoint.integrity import differences, require_same_files
 from mcore_lab.checkpoint.manifest import MANIFEST
+from mcore_lab.checkpoint.trust import read_metadata
 from mcore_lab.runtime.together import fail_together
 
 _LOGGER = logging.getLogger(__name__)
@@ -18,10 +19,13 @@ def admit(path: Path, *, verify: bool) -> None:
     """Raise CheckpointError, on every rank, if the checkpoint at `path` is not to be loaded.
 
     With `verify` the ranks share the hashing of its files; those of a checkpoint without a
-    manifest, as Megatron-LM saves it, are taken as they are.
+    manifest, as Megatron-LM saves it, are taken as they are. Each rank looks itself at what the
+    checkpoint would have it import, as it may lie on a disk of its own.
     """
     if verify:
         _require_whole(path)
+    with fail_together():
+        read_metadata(path)
 
 
 def _require_whole(path: Path) -> None:

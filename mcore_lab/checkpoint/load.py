@@ -24,6 +24,7 @@ from mcore_lab.checkpoint.state import (
     model_state,
     unwrapped,
 )
+from mcore_lab.checkpoint.trust import weights_only
 from mcore_lab.errors import CheckpointError
 from mcore_lab.runtime.together import fail_together
 
@@ -66,7 +67,7 @@ def load_checkpoint(
     rank, if it cannot be read or is of another model.
     """
     admit(path, verify=verify)
-    with fail_together(), failures_explained("read", path):
+    with fail_together(), failures_explained("read", path), weights_only():
         common = dist_checkpointing.load_common_state_dict(str(path))
         step = int(common["iteration"])
         if step > 0:
@@ -115,7 +116,7 @@ def _read(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     with fail_together(), failures_explained("read", path):
         there = dist_checkpointing.load_tensors_metadata(str(path))
     _require_same_model(path, there, wanted)
-    with failures_explained("read", path):
+    with failures_explained("read", path), weights_only():
         return dist_checkpointing.load(wanted, str(path))
 
 

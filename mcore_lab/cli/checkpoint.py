@@ -9,6 +9,7 @@ from pathlib import Path
 from mcore_lab.checkpoint.folders import require_checkpoint
 from mcore_lab.checkpoint.integrity import differences
 from mcore_lab.checkpoint.manifest import MANIFEST, read_manifest
+from mcore_lab.checkpoint.trust import read_metadata
 from mcore_lab.cli.arguments import Parser
 from mcore_lab.errors import CheckpointError
 from mcore_lab.report.tables import print_json
@@ -39,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    """Hold every file against the hash that it was saved with."""
+    """Hold every file against the hash that it was saved with, and see that it is harmless."""
     path: Path = options.path
     # What is damaged may be what a checkpoint is known by.
     folder = path if (path / MANIFEST).exists() else require_checkpoint(path)
@@ -49,6 +50,8 @@ def _verify(options: argparse.Namespace) -> int:
             f"the checkpoint {folder} has no {MANIFEST} to hold its files against"
         )
     found = differences(folder)
+    if not found:
+        read_metadata(folder)
     size = sum(file.size for file in manifest.files.values())
     if options.json:
         counts = {"files": len(manifest.files), "bytes": size}
