@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from mcore_lab.checkpoint.folders import (
@@ -11,6 +12,7 @@ from mcore_lab.checkpoint.folders import (
     hidden,
     hidden_folders,
     replaced,
+    step_folder,
     whole_checkpoints,
 )
 from mcore_lab.errors import CheckpointError
@@ -64,12 +66,15 @@ def prune(checkpoints: Path, keep: int, latest: int | None = None) -> list[Path]
 
 def clean_up(checkpoints: Path) -> None:
     """Remove what an interrupted save has left, and put back what it was about to replace."""
+    whole = {folder: step for step, folder in whole_checkpoints(checkpoints).items()}
     for left in hidden_folders(checkpoints):
-        whole = next((f for f in whole_checkpoints(checkpoints).values() if f == left), None)
-        if whole:
-            whole.rename(whole.with_name(whole.name.split(".")[1]))
-        else:
+        if left not in whole:
             shutil.rmtree(left, ignore_errors=True)
+    # Where nothing can be written, what stays is as good as it was.
+    with suppress(OSError):
+        (checkpoints / f".{LATEST}").unlink(missing_ok=True)
+        for folder in whole.keys() & set(hidden_folders(checkpoints)):
+            folder.rename(step_folder(checkpoints, whole[folder]))
 
 
 def sync(path: Path) -> None:
