@@ -80,6 +80,17 @@ def require_checkpoint(path: Path) -> Path:
     )
 
 
+def checkpoints_folder(run: Path) -> Path:
+    """Return where the checkpoints of a run are: in its folder, or this folder itself.
+
+    Raises CheckpointError if there is none.
+    """
+    for folder in (run / "checkpoints", run):
+        if whole_checkpoints(folder):
+            return folder
+    raise CheckpointError(f"there is no checkpoint in {run}")
+
+
 class Start(NamedTuple):
     """A checkpoint that a run starts from."""
 
