@@ -24,7 +24,7 @@ from mcore_lab.checkpoint.state import (
     model_state,
     unwrapped,
 )
-from mcore_lab.checkpoint.trust import weights_only
+from mcore_lab.checkpoint.trust import require_harmless, weights_only
 from mcore_lab.errors import CheckpointError
 from mcore_lab.runtime.together import fail_together
 
@@ -84,8 +84,18 @@ def load_checkpoint(
 
 
 def _put_weights(chunks: Sequence[torch.nn.Module], state: dict[str, Any]) -> None:
-    for key, chunk in zip(model_keys(chunks), chunks, strict=True):
-        unwrapped(chunk).load_state_dict(state[key])
+    with fail_together():
+        for key in model_keys(chunks):
+            _require_harmless_extras(state[key])
+    with weights_only():
+        for key, chunk in zip(model_keys(chunks), chunks, strict=True):
+            unwrapped(chunk).load_state_dict(state[key])
+
+
+def _require_harmless_extras(state: dict[str, Any]) -> None:
+    for name, value in state.items():
+        if name.endswith("_extra_state") and isinstance(value, torch.Tensor) and value.numel():
+            require_harmless(name, value.cpu().numpy().tobytes())
 
 
 def _put_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:

@@ -23,13 +23,17 @@ def make_room(unfinished: Path, size: int) -> None:
 
     Raises CheckpointError if there is not the room for it.
     """
-    clean_up(unfinished.parent)
-    unfinished.mkdir(parents=True)
+    checkpoints = unfinished.parent
+    clean_up(checkpoints)
+    if not checkpoints.is_dir():
+        checkpoints.mkdir(parents=True)
+        sync(checkpoints.parent)
+    unfinished.mkdir()
     free = shutil.disk_usage(unfinished).free
     if free < size:
         unfinished.rmdir()
         raise CheckpointError(
-            f"cannot write the checkpoint to {unfinished.parent}: it takes {size / 1e6:,.1f} MB, "
+            f"cannot write the checkpoint to {checkpoints}: it takes {size / 1e6:,.1f} MB, "
             f"and {free / 1e6:,.1f} MB are free; --checkpoint.save False runs without checkpoints"
         )
 

@@ -1,13 +1,15 @@
 """A checkpoint from elsewhere runs no code here. No torch in here.
 
-A pickle names what it is made of, and whoever unpickles it imports what is named and calls it. Two
-pickles of a checkpoint would be read so: `.metadata` (torch's `FileSystemReader.read_metadata`, a
-plain `pickle.load`), and what is no tensor in the shards, which torch's planner loads with
-`weights_only=False` (`DefaultLoadPlanner.load_bytes`; both through torch 2.13).
+A pickle names what it is made of, and whoever unpickles it imports what is named and calls it.
+Three kinds of pickles in a checkpoint would be read so: `.metadata` (torch's
+`FileSystemReader.read_metadata`, a plain `pickle.load`), what is no tensor in the shards, which
+torch's planner loads with `weights_only=False` (`DefaultLoadPlanner.load_bytes`; both through torch
+2.13), and the bytes of `_extra_state`, which Transformer Engine unpickles (`set_extra_state`).
 """
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import re
@@ -55,6 +57,16 @@ _PLAIN: dict[str, Callable[..., Any]] = {
 _DTYPE = re.compile(r"bool|b?float\d+(_e\d\w+)?|complex\d+|u?int\d+")
 
 
+_EXTRA_STATE = re.compile(
+    r"collections\.OrderedDict|torch\.(Size|storage\.(UntypedStorage|_load_from_bytes))"
+    r"|torch\.(_utils\._rebuild_tensor_v2|_tensor\._rebuild_from_type_v2)"
+    r"|transformer_engine\.common\.recipe\.(\w+Scaling|Format|_FormatHelper|MMParams|QParams)"
+    r"|megatron\.core\.extensions\.transformer_engine\.TEDelayedScaling"
+)
+"""What Transformer Engine's scaling factors and recipes are made of; as in Megatron-Core 0.19's
+`safe_globals.SafeUnpickler`. `_load_from_bytes` is `torch.load`, which is to be held to weights."""
+
+
 class Record:
     """Stands for an object of a class that is not imported: what it is made of, and no more."""
 
@@ -85,6 +97,15 @@ class _Unpickler(pickle.Unpickler):
         if plain is None:
             raise CheckpointError(refusal(f"{module}.{name}"))
         return plain
+
+
+class _ExtraStateUnpickler(_Unpickler):
+    """Unpickles `_extra_state` into records."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if _EXTRA_STATE.fullmatch(f"{module}.{name}"):
+            return type(name, (Record,), {})
+        return super().find_class(module, name)
 
 
 def refusal(wanted: str) -> str:
@@ -122,6 +143,16 @@ def read_metadata(folder: Path) -> Any:
             f"cannot read the checkpoint {folder}: {METADATA} sends to {outside[0]}, out of it"
         )
     return metadata
+
+
+def require_harmless(name: str, pickled: bytes) -> None:
+    """Raise CheckpointError if an `_extra_state` wants what it is not made of, or is no pickle."""
+    try:
+        _ExtraStateUnpickler(io.BytesIO(pickled)).load()
+    except CheckpointError as error:
+        raise CheckpointError(f"{name}: {error}") from None
+    except Exception as error:
+        raise CheckpointError(f"{name} is damaged: {error}") from None
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
 from mcore_lab.checkpoint.manifest import MANIFEST
-from mcore_lab.checkpoint.trust import read_metadata, weights_only
+from mcore_lab.checkpoint.trust import read_metadata, require_harmless, weights_only
 from mcore_lab.cli import main
 from mcore_lab.errors import CheckpointError
 
@@ -173,6 +173,49 @@ def test_only_what_metadata_is_made_of_can_be_named_in_it(tmp_path: Path, wanted
     with pytest.raises(CheckpointError) as raised:
         read_metadata(tmp_path)
     assert f".metadata: it wants {wanted}, which no checkpoint" in str(raised.value)
+    with pytest.raises(CheckpointError, match=f"it wants {wanted}"):
+        require_harmless("_extra_state", f"c{module}\n{name}\n.".encode())
+
+
+def test_what_is_named_can_be_neither_reached_through_nor_changed(tmp_path: Path) -> None:
+    """By dots in a name, from protocol 4 on, or by setting attributes of a class."""
+    dotted = "torch.distributed.checkpoint.metadata", "Metadata.__init__.__globals__"
+    (tmp_path / ".metadata").write_bytes(
+        b"\x80\x04" + b"".join(b"\x8c%c%s" % (len(s), s.encode()) for s in dotted) + b"\x93."
+    )
+    with pytest.raises(CheckpointError, match=r"it wants .*__globals__"):
+        read_metadata(tmp_path)
+    setting = b"ctorch.distributed.checkpoint.metadata\nMetadata\n(N}S'x'\nI1\nstb."
+    (tmp_path / ".metadata").write_bytes(setting)
+    with pytest.raises(CheckpointError, match="is damaged"):
+        read_metadata(tmp_path)
+
+
+def test_the_extra_state_of_transformer_engine_cannot_name_what_it_is_not_made_of(
+    tmp_path: Path,
+) -> None:
+    """Transformer Engine unpickles the bytes that the tensor holds."""
+    from mcore_lab.checkpoint.load import _put_weights
+
+    class Unpickling(torch.nn.Linear):
+        def get_extra_state(self) -> torch.Tensor:
+            return torch.empty(0, dtype=torch.uint8)
+
+        def set_extra_state(self, state: torch.Tensor) -> None:
+            self.extra = pickle.loads(state.numpy().tobytes())
+
+    layer = Unpickling(2, 2)
+    state = dict(layer.state_dict())
+    for extra in ({"scale": torch.ones(2), "size": torch.Size([2])}, Evil(tmp_path / "trace")):
+        pickled = bytearray(pickle.dumps(extra))
+        state["_extra_state"] = torch.frombuffer(pickled, dtype=torch.uint8)
+        if isinstance(extra, dict):
+            _put_weights([layer], {"model": state})
+            assert torch.equal(layer.extra["scale"], extra["scale"])
+        else:
+            with pytest.raises(CheckpointError, match=f"_extra_state: it wants {WANTED}"):
+                _put_weights([layer], {"model": state})
+    assert not (tmp_path / "trace").exists()
 
 
 def test_metadata_is_read_without_importing_what_it_names(saved: Path) -> None:
