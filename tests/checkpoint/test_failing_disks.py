@@ -22,6 +22,7 @@ from mcore_lab.runtime import launch
 from mcore_lab.training import RunFolder
 
 TP2 = {"tensor_model_parallel_size": 2}
+TIMEOUT = 300
 FAILING_STEP = "step-00000004"
 
 
@@ -29,6 +30,14 @@ def recipe(steps: int, **checkpoint: Any) -> Recipe:
     return changed(
         SMALL, training={"steps": steps}, checkpoint={"save_every": 2} | checkpoint, layout=TP2
     )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of six steps that keeps two checkpoints."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    run(recipe(6, keep=2), 2, folder, timeout=TIMEOUT)
+    return folder
 
 
 def steps_saved(folder: Path) -> list[str]:
@@ -90,15 +99,14 @@ def disturbed(
 ) -> str:
     """Return rank 1's log of a run on two ranks of which `rank` meets with a failing disk."""
     arguments = RunArguments(recipe=recipe(steps, **checkpoint), run_dir=folder, json=True)
-    launch(run_disturbed, 2, arguments, rank, disturb, restore, timeout=120)
+    launch(run_disturbed, 2, arguments, rank, disturb, restore, timeout=TIMEOUT)
     return (folder / "logs" / "rank-1.log").read_text()
 
 
 def test_a_run_that_is_to_go_on_misses_a_checkpoint_on_a_full_disk_and_writes_the_next(
-    tmp_path: Path,
+    undisturbed: Path, tmp_path: Path
 ) -> None:
-    """Rank 0's disk alone is full: the other one is told, and does not wait for it."""
-    whole = run(recipe(6), 2, tmp_path / "whole")
+    """Rank 0 meets with the full disk: the other one is told, and does not wait for it."""
     with small_disk(tmp_path / "disk", "8m") as disk:
         log = disturbed(
             disk / "run",
@@ -111,7 +119,7 @@ def test_a_run_that_is_to_go_on_misses_a_checkpoint_on_a_full_disk_and_writes_th
         assert steps_saved(disk / "run") == ["step-00000002", "step-00000006"]
         for step in steps_saved(disk / "run"):
             assert differences(disk / "run" / "checkpoints" / step) == []
-        assert losses(RunFolder(disk / "run").metrics()) == losses(whole)
+        assert losses(RunFolder(disk / "run").metrics()) == losses(RunFolder(undisturbed).metrics())
     assert f"cannot write the checkpoint {disk}/run/checkpoints/{FAILING_STEP}: " in log
     assert "No space left on device" in log or "a full disk" in log
 
@@ -160,7 +168,6 @@ def test_a_read_only_folder_is_one_clear_error(tmp_path: Path) -> None:
     )
 
 
-def test_old_checkpoints_go_when_the_new_one_is_there(tmp_path: Path) -> None:
-    run(recipe(6, keep=2), 2, tmp_path / "run")
-    assert steps_saved(tmp_path / "run") == ["step-00000004", "step-00000006"]
-    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
+def test_old_checkpoints_go_when_the_new_one_is_there(undisturbed: Path) -> None:
+    assert steps_saved(undisturbed) == ["step-00000004", "step-00000006"]
+    assert not list((undisturbed / "checkpoints").glob(".*"))
