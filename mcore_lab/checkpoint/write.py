@@ -100,17 +100,33 @@ def finish(planned: Plan, folder: Path, of_ranks: list[Written]) -> None:
 
 
 class _Hashed(io.RawIOBase):
-    """A file that is hashed while it is written from its beginning to its end."""
+    """A file that is hashed while it is written from its beginning to its end.
+
+    Its failure is kept until `check`: torch's writer calls it from C++, writes on while it is
+    taken apart by an error, and ends the process by that.
+    """
 
     def __init__(self, file: io.BufferedWriter) -> None:
         self._file = file
+        self._failure: OSError | None = None
         self.hash = hashlib.sha256()
         self.size = 0
 
     def write(self, data: Any) -> int:
+        size = memoryview(data).nbytes
         self.hash.update(data)
-        self.size += memoryview(data).nbytes
-        return self._file.write(data)
+        self.size += size
+        try:
+            if not self._failure:
+                self._file.write(data)
+        except OSError as error:
+            self._failure = error
+        return size
+
+    def check(self) -> None:
+        """Raise what has kept the file from being written."""
+        if self._failure:
+            raise self._failure
 
     def tell(self) -> int:
         return self.size
@@ -123,10 +139,10 @@ def _write_shard(transforms: list[Any], bucket: Any) -> tuple[_Hashed, list[Writ
     path, name, (objects, tensors) = bucket
     with Path(path).open("wb") as file:
         stream = _Hashed(file)
-        items = [
-            _WRITE_ITEM(*transforms, stream, data, item, name, **_serialization())
-            for item, data in (*objects, *tensors)
-        ]
+        items = []
+        for item, data in (*objects, *tensors):
+            items.append(_WRITE_ITEM(*transforms, stream, data, item, name, **_serialization()))
+            stream.check()
         file.flush()
         os.fsync(file.fileno())
     return stream, items
