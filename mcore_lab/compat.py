@@ -11,7 +11,8 @@ import importlib.metadata
 import importlib.util
 import textwrap
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -253,3 +254,47 @@ def take_auxiliary_losses() -> dict[str, list[float]]:
         found = {name: reported[name]["values"].tolist() for name in names}
         moe_utils.clear_aux_losses_tracker()
     return found
+
+
+def own_async_save() -> dict[str, str]:
+    """Return the argument of `dist_checkpointing.save` that has it plan with what it brings itself.
+
+    0.19 plans an asynchronous save with NVIDIA's resiliency extension if it is not told otherwise.
+    """
+    import inspect
+
+    from megatron.core import dist_checkpointing
+
+    takes_it = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
+    return {"async_strategy": "mcore"} if takes_it else {}
+
+
+@contextmanager
+def common_state_failures() -> Iterator[list[Exception]]:
+    """Keep, for who gets the list to raise, what keeps rank 0 from writing `common.pt`.
+
+    Megatron-Core 0.16 writes it between two collectives: raised there, the error would leave the
+    other ranks waiting. 0.19 has no such file.
+    """
+    failures: list[Exception] = []
+    try:
+        from megatron.core.dist_checkpointing.strategies import base
+        from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
+    except ImportError:
+        yield failures
+        return
+
+    class Keeping(TorchCommonSaveStrategy):
+        def save_common(self, *state_and_folder: Any) -> None:
+            try:
+                super().save_common(*state_and_folder)
+            except Exception as error:
+                failures.append(error)
+
+    which = (base.StrategyAction.SAVE_COMMON, "torch", 1)
+    usual = base.get_default_strategy(*which)
+    base.register_default_strategy(*which, Keeping("torch", 1))
+    try:
+        yield failures
+    finally:
+        base.register_default_strategy(*which, usual)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from torch.distributed.checkpoint import CheckpointException
 
+from mcore_lab.checkpoint.trust import refusal
 from mcore_lab.errors import CheckpointError, LabError
 from mcore_lab.runtime.together import lost_a_peer
+
+_WANTED = re.compile(r"GLOBAL (\S+) (?:was not an allowed|whose module)")
+_NOT_WEIGHTS = re.compile(r"Weights only load failed.*Unpickler error: ([^\n]+)", re.DOTALL)
+"""What torch's weights-only unpickler says, after advice to load it all the same."""
 
 _WRITER = "inline_container.cc"
 """Of torch.save, which says where in the file it was but not what the system said."""
@@ -32,8 +38,24 @@ def failures_explained(verb: str, path: Path) -> Iterator[None]:
         raise CheckpointError(f"cannot {verb} the checkpoint {path}: {_reason(error)}") from error
 
 
+@contextmanager
+def failures_missed(allowed: bool, tell: Callable[[CheckpointError], None]) -> Iterator[None]:
+    """Tell that the body cannot write a checkpoint, on every rank, where that is allowed."""
+    try:
+        yield
+    except CheckpointError as error:
+        if not allowed:
+            raise
+        tell(error)
+
+
 def _reason(error: BaseException) -> str:
-    reason = str(_cause(error)).strip().partition("\n")[0] or type(error).__name__
+    whole = str(_cause(error)).strip()
+    if wanted := _WANTED.search(whole):
+        return refusal(wanted[1])
+    if refused := _NOT_WEIGHTS.search(whole):
+        return f"a pickle in it is none that torch.save writes, and is refused: {refused[1]}"
+    reason = whole.partition("\n")[0] or type(error).__name__
     if _WRITER in reason and "unexpected pos" in reason:
         return "less was written than was to be: a full disk, or a limit on the size of files"
     return reason

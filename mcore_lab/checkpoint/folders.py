@@ -9,9 +9,13 @@ from typing import NamedTuple
 
 from mcore_lab.errors import CheckpointError
 
+LATEST = "latest_checkpointed_iteration.txt"
+"""Holds the step of the checkpoint that was published last; the name is Megatron-LM's."""
+
 _PREFIX = "step-"
 _MARK = "metadata.json"
 _TENSORS = ".metadata"
+_REPLACED = "replaced"
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:
@@ -19,14 +23,45 @@ def step_folder(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"{_PREFIX}{step:08d}"
 
 
-def latest_checkpoint(checkpoints: Path) -> Path | None:
-    """Return the checkpoint of the highest step that was written whole, if there is one."""
+def hidden(folder: Path, what: str) -> Path:
+    """Return the folder beside a checkpoint for what is no longer, or not yet, one."""
+    return folder.with_name(f".{folder.name}.{what}")
+
+
+def replaced(folder: Path) -> Path:
+    """Return where a checkpoint lies while another takes its place."""
+    return hidden(folder, _REPLACED)
+
+
+def hidden_folders(checkpoints: Path) -> list[Path]:
+    """Return all that a save, or the removal of a checkpoint, has left when it was interrupted."""
+    return list(checkpoints.glob(f".{_PREFIX}*"))
+
+
+def whole_checkpoints(checkpoints: Path) -> dict[int, Path]:
+    """Return the checkpoints that were written whole, by step, in the order of steps.
+
+    One that was to be replaced when a save was interrupted is among them where it still lies.
+    """
+    pattern = rf"{_PREFIX}(\d+)|\.{_PREFIX}(\d+)\.{_REPLACED}"
+    # What is hidden sorts first: a checkpoint in its place goes before the one it replaced.
     whole = {
-        int(match[1]): folder
-        for folder in checkpoints.glob(f"{_PREFIX}*")
-        if (match := re.fullmatch(rf"{_PREFIX}(\d+)", folder.name)) and (folder / _MARK).is_file()
+        int(match[1] or match[2]): folder
+        for folder in sorted(checkpoints.glob(f"*{_PREFIX}*"))
+        if (match := re.fullmatch(pattern, folder.name)) and (folder / _MARK).is_file()
     }
-    return whole[max(whole)] if whole else None
+    return dict(sorted(whole.items()))
+
+
+def latest_checkpoint(checkpoints: Path) -> Path | None:
+    """Return the checkpoint that was published last, if there is one.
+
+    That is not the highest step where a run has gone on from an earlier one. Where nothing, or
+    something that is gone, is marked as the latest, it is the highest.
+    """
+    whole = whole_checkpoints(checkpoints)
+    marked = whole.get(_marked(checkpoints))
+    return marked or (whole[max(whole)] if whole else None)
 
 
 def require_checkpoint(path: Path) -> Path:
@@ -43,6 +78,17 @@ def require_checkpoint(path: Path) -> Path:
     raise CheckpointError(
         f"there is no checkpoint at {path}: neither {_MARK} nor a folder {_PREFIX}N is in it"
     )
+
+
+def checkpoints_folder(run: Path) -> Path:
+    """Return where the checkpoints of a run are: in its folder, or this folder itself.
+
+    Raises CheckpointError if there is none.
+    """
+    for folder in (run / "checkpoints", run):
+        if whole_checkpoints(folder):
+            return folder
+    raise CheckpointError(f"there is no checkpoint in {run}")
 
 
 class Start(NamedTuple):
@@ -64,6 +110,13 @@ def starting_point(load: str | None, resume: str, checkpoints: Path) -> Start | 
     if resume not in ("auto", "none"):
         return Start(require_checkpoint(Path(resume)), weights_only=False)
     return Start(require_checkpoint(Path(load)), weights_only=True) if load else None
+
+
+def _marked(checkpoints: Path) -> int:
+    try:
+        return int((checkpoints / LATEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return -1
 
 
 def _require_intact(path: Path) -> Path:

@@ -15,6 +15,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from mcore_lab.checkpoint import adam
+from mcore_lab.checkpoint.admission import admit
 from mcore_lab.checkpoint.failures import failures_explained
 from mcore_lab.checkpoint.state import (
     content_metadata,
@@ -23,6 +24,7 @@ from mcore_lab.checkpoint.state import (
     model_state,
     unwrapped,
 )
+from mcore_lab.checkpoint.trust import require_harmless, weights_only
 from mcore_lab.errors import CheckpointError
 from mcore_lab.runtime.together import fail_together
 
@@ -34,12 +36,18 @@ _OF_THE_RECIPE = ("betas", "eps", "max_lr", "min_lr", "start_wd", "end_wd")
 
 
 def load_weights(
-    path: Path, chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer
+    path: Path,
+    chunks: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer,
+    *,
+    verify: bool = True,
 ) -> None:
     """Load the weights of the checkpoint at `path` and nothing else.
 
-    Raises CheckpointError, on every rank, if it cannot be read or is of another model.
+    With `verify` its files are first held against its manifest. Raises CheckpointError, on every
+    rank, if it cannot be read or is of another model.
     """
+    admit(path, verify=verify)
     _put_weights(chunks, _read(path, model_state(chunks)))
     # Under bf16 the optimizer made its own copies of the weights before these were loaded.
     optimizer.reload_model_params()
@@ -50,18 +58,22 @@ def load_checkpoint(
     chunks: Sequence[torch.nn.Module],
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
+    *,
+    verify: bool = True,
 ) -> int:
     """Load weights, optimizer and schedule of the checkpoint at `path`; return its step.
 
-    Raises CheckpointError, on every rank, if it cannot be read or is of another model.
+    With `verify` its files are first held against its manifest. Raises CheckpointError, on every
+    rank, if it cannot be read or is of another model.
     """
-    with fail_together(), failures_explained("read", path):
+    admit(path, verify=verify)
+    with fail_together(), failures_explained("read", path), weights_only():
         common = dist_checkpointing.load_common_state_dict(str(path))
         step = int(common["iteration"])
         if step > 0:
             _require_same_sharding(path, common, content_metadata(chunks))
     if step == 0:
-        load_weights(path, chunks, optimizer)
+        load_weights(path, chunks, optimizer, verify=False)
         return 0
     adam.give_state(optimizer)
     state = _read(path, full_state(chunks, optimizer, scheduler, step, is_loading=True))
@@ -72,8 +84,18 @@ def load_checkpoint(
 
 
 def _put_weights(chunks: Sequence[torch.nn.Module], state: dict[str, Any]) -> None:
-    for key, chunk in zip(model_keys(chunks), chunks, strict=True):
-        unwrapped(chunk).load_state_dict(state[key])
+    with fail_together():
+        for key in model_keys(chunks):
+            _require_harmless_extras(state[key])
+    with weights_only():
+        for key, chunk in zip(model_keys(chunks), chunks, strict=True):
+            unwrapped(chunk).load_state_dict(state[key])
+
+
+def _require_harmless_extras(state: dict[str, Any]) -> None:
+    for name, value in state.items():
+        if name.endswith("_extra_state") and isinstance(value, torch.Tensor) and value.numel():
+            require_harmless(name, value.cpu().numpy().tobytes())
 
 
 def _put_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
@@ -104,7 +126,7 @@ def _read(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     with fail_together(), failures_explained("read", path):
         there = dist_checkpointing.load_tensors_metadata(str(path))
     _require_same_model(path, there, wanted)
-    with failures_explained("read", path):
+    with failures_explained("read", path), weights_only():
         return dist_checkpointing.load(wanted, str(path))
 
 

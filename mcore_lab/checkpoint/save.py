@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-import queue
+import platform
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import (
     ShardedTensor,
     ShardedTensorFactory,
     is_main_replica,
 )
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint import CheckpointException
 
+import mcore_lab
+from mcore_lab.checkpoint import publication
 from mcore_lab.checkpoint.failures import failures_explained
+from mcore_lab.checkpoint.folders import hidden
+from mcore_lab.checkpoint.manifest import MANIFEST, FileRecord, Manifest, files_in, record
 from mcore_lab.checkpoint.state import content_metadata, full_state
+from mcore_lab.checkpoint.write import Written, finish, plan, write_shards
 from mcore_lab.errors import CheckpointError
 from mcore_lab.runtime.together import fail_together
 
@@ -35,28 +40,53 @@ def save_checkpoint(
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
     step: int,
+    *,
+    keep: int | None = None,
 ) -> Path:
     """Save weights, optimizer, schedule and step to `folder`, and return it; every rank calls this.
 
-    The folder appears when it is whole. Raises CheckpointError where it cannot be written, and
+    The folder appears when it is whole, and is then the latest; then all but `keep` checkpoints
+    beside it are removed. Raises CheckpointError, on every rank, where it cannot be written, and
     leaves nothing of it.
     """
     state = full_state(chunks, optimizer, scheduler, step)
-    size = _bytes_of_all_ranks(state)
-    _write_without_a_process()
-    with (
-        _published(folder, size) as unfinished,
-        _same_reason_on_every_rank(),
-        failures_explained("write", folder),
-    ):
-        metadata = content_metadata(chunks)
-        dist_checkpointing.save(state, str(unfinished), content_metadata=metadata)
+    with _published(folder, step, _bytes_of_all_ranks(state)) as unfinished:
+        with _same_reason_on_every_rank(), failures_explained("write", folder):
+            planned = plan(state, unfinished, content_metadata(chunks))
+        with fail_together(), failures_explained("write", folder):
+            written = write_shards(planned)
+        of_ranks = _on_rank_0(written)
+        with fail_together(), failures_explained("write", folder):
+            if of_ranks:
+                finish(planned, unfinished, of_ranks)
+                _write_manifest(unfinished, step, of_ranks)
+    with fail_together():
+        if keep and dist.get_rank() == 0:
+            publication.prune(folder.parent, keep, latest=step)
     return folder
 
 
 @contextmanager
+def _published(folder: Path, step: int, size: int) -> Iterator[Path]:
+    """Give a folder to write to, which takes the place of `folder` if the body succeeds."""
+    unfinished = hidden(folder, "unfinished")
+    is_first = dist.get_rank() == 0
+    with fail_together(), failures_explained("write", folder):
+        if is_first:
+            publication.make_room(unfinished, size)
+    try:
+        yield unfinished
+        with fail_together(), failures_explained("write", folder):
+            if is_first:
+                publication.publish(unfinished, folder, step)
+    finally:
+        if is_first:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
+@contextmanager
 def _same_reason_on_every_rank() -> Iterator[None]:
-    """Tell every rank why a writer failed: torch stops them all, but tells why to rank 0 alone."""
+    """Tell every rank why planning failed: torch stops them all, but tells why to rank 0 alone."""
     try:
         yield
     except CheckpointError as error:
@@ -81,52 +111,51 @@ def _bytes_of_all_ranks(state: dict[str, Any]) -> int:
     return int(size)
 
 
-@contextmanager
-def _published(folder: Path, size: int) -> Iterator[Path]:
-    """Give a folder to write to, which takes the place of `folder` if the body succeeds."""
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    with fail_together(), failures_explained("write", folder):
-        if dist.get_rank() == 0:
-            _make_room(unfinished, size)
-    try:
-        yield unfinished
-        with fail_together(), failures_explained("write", folder):
-            if dist.get_rank() == 0:
-                _put_in_place(unfinished, folder)
-    finally:
-        if dist.get_rank() == 0:
-            shutil.rmtree(unfinished, ignore_errors=True)
+def _on_rank_0(written: Written) -> list[Written]:
+    """Return what every rank has written; on the others, nothing."""
+    of_ranks: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(written, of_ranks)
+    return of_ranks or []
 
 
-def _make_room(unfinished: Path, size: int) -> None:
-    # What a run that was killed had begun to write can be of any step.
-    for begun in unfinished.parent.glob(".step-*"):
-        shutil.rmtree(begun, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    free = shutil.disk_usage(unfinished).free
-    if free < size:
-        unfinished.rmdir()
-        raise CheckpointError(
-            f"cannot write the checkpoint to {unfinished.parent}: it takes {size / 1e6:,.1f} MB, "
-            f"and {free / 1e6:,.1f} MB are free; --checkpoint.save False runs without checkpoints"
-        )
+def _write_manifest(unfinished: Path, step: int, of_ranks: list[Written]) -> None:
+    """Write down every file that is there, and see that all of it is on disk; rank 0 does."""
+    files: dict[str, FileRecord] = {}
+    for written in of_ranks:
+        files |= written.files
+    for name, path in files_in(unfinished).items():
+        # Shards are on disk and hashed since they were written.
+        if name not in files:
+            files[name] = record(path, rank=0)
+            publication.sync(path)
+    manifest = Manifest(
+        step=step,
+        world_size=dist.get_world_size(),
+        layout=_layout_sizes(),
+        versions=_versions(),
+        files=files,
+    )
+    (unfinished / MANIFEST).write_bytes(manifest.render())
+    publication.sync(unfinished / MANIFEST)
+    publication.sync(unfinished)
 
 
-def _put_in_place(unfinished: Path, folder: Path) -> None:
-    if folder.exists():
-        # Where a run that went on from an earlier step comes to this one again.
-        replaced = folder.with_name(f".{folder.name}.replaced")
-        folder.rename(replaced)
-        unfinished.rename(folder)
-        shutil.rmtree(replaced)
-    else:
-        unfinished.rename(folder)
+def _layout_sizes() -> dict[str, int]:
+    return {
+        "tp": parallel_state.get_tensor_model_parallel_world_size(),
+        "cp": parallel_state.get_context_parallel_world_size(),
+        "pp": parallel_state.get_pipeline_model_parallel_world_size(),
+        "vpp": parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
+        "dp": parallel_state.get_data_parallel_world_size(),
+        "ep": parallel_state.get_expert_model_parallel_world_size(),
+        "etp": parallel_state.get_expert_tensor_parallel_world_size(),
+    }
 
 
-def _write_without_a_process() -> None:
-    """Hand Megatron-Core a plain queue for its writers' results.
-
-    Its own starts a process, which costs each rank seconds of imports and runs a program without
-    an `if __name__ == "__main__"` twice. A synchronous save writes in this process.
-    """
-    filesystem_async._results_queue = queue.Queue()
+def _versions() -> dict[str, str]:
+    return {
+        "mcore_lab": mcore_lab.__version__,
+        "megatron-core": version("megatron-core"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }

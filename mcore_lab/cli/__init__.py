@@ -18,7 +18,8 @@ COMMANDS = {
     "recipes": "list the recipes",
     "verify": "say whether a layout computes what one rank computes",
     "compare": "say from which step on two runs differ",
-    "bench": "time a recipe's step beside a bare Megatron-Core loop",
+    "checkpoint": "look at checkpoints, and see that they are whole",
+    "bench": "time a recipe's step, or the save and the load of its checkpoint",
     "doctor": "say what this machine has, what that allows, and what is missing",
 }
 _INTERRUPTED = 130

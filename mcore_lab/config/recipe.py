@@ -149,11 +149,22 @@ class Checkpoint:
     """Steps between checkpoints; only after the last step if not set."""
     load: str | None = None
     """Start from the weights of this checkpoint, at step 0, with a new optimizer."""
+    keep: int | None = None
+    """Checkpoints that are kept: older ones are removed once a new one is whole; all if not set."""
+    on_failure: Literal["stop", "continue"] = "stop"
+    """What a checkpoint that cannot be written does to the run; after the last step it is an error
+    either way."""
+    verify: Literal["on", "off"] = "on"
+    """Hold a checkpoint's files against their hashes before anything is loaded."""
 
     def saves_after(self, step: int, last: int) -> bool:
         """Say whether a checkpoint is written after this step."""
         every = self.save_every is not None and step % self.save_every == 0
         return self.save and (every or step == last)
+
+    def can_miss(self, step: int, last: int) -> bool:
+        """Say whether the run goes on if its checkpoint after this step cannot be written."""
+        return self.on_failure == "continue" and step < last
 
 
 @dataclass(frozen=True, kw_only=True)

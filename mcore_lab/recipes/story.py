@@ -15,7 +15,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from mcore_lab.backends import choose_backend
 from mcore_lab.checkpoint import starting_point, step_folder
+from mcore_lab.checkpoint.failures import failures_missed
 from mcore_lab.checkpoint.load import load_checkpoint, load_weights
+from mcore_lab.checkpoint.publication import clean_up
 from mcore_lab.checkpoint.save import save_checkpoint
 from mcore_lab.config import Recipe
 from mcore_lab.data.batches import global_batches
@@ -84,12 +86,15 @@ def train(
     first_step = 0
     checkpoints = recorder.folder.checkpoints
     if start := starting_point(recipe.checkpoint.load, training.resume, checkpoints):
+        verify = recipe.checkpoint.verify == "on"
         if start.weights_only:
-            load_weights(start.path, model, optimizer)
+            load_weights(start.path, model, optimizer, verify=verify)
         else:
-            first_step = load_checkpoint(start.path, model, optimizer, scheduler)
+            first_step = load_checkpoint(start.path, model, optimizer, scheduler, verify=verify)
 
     recorder.begin(recipe, world, backend, first_step)
+    if world.is_first:
+        clean_up(checkpoints)
     recorder.look_at_start(model, optimizer, scheduler)
     if training.steps == 0 and recipe.checkpoint.save:
         # The initial weights, for runs on other layouts to start from.
@@ -121,8 +126,11 @@ def train(
             recorder.validation(loss)
         if recipe.checkpoint.saves_after(step + 1, last=training.steps):
             folder = step_folder(checkpoints, step + 1)
-            with whole_parameters(model):
-                recorder.saved(save_checkpoint(folder, model, optimizer, scheduler, step + 1))
+            can_miss = recipe.checkpoint.can_miss(step + 1, last=training.steps)
+            with whole_parameters(model), failures_missed(can_miss, recorder.not_saved):
+                keep = recipe.checkpoint.keep
+                save_checkpoint(folder, model, optimizer, scheduler, step + 1, keep=keep)
+                recorder.saved(folder)
     with whole_parameters(model):
         recorder.look_at_end(model, optimizer, scheduler)
     return recorder.summary()

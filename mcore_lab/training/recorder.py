@@ -14,7 +14,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from mcore_lab.backends import Backend
 from mcore_lab.config import Recipe
-from mcore_lab.errors import RankFailedError
+from mcore_lab.errors import CheckpointError, RankFailedError
 from mcore_lab.runtime import RankLog, World
 from mcore_lab.runtime.together import fail_together
 from mcore_lab.training.console import Console
@@ -105,6 +105,12 @@ class Recorder:
     def saved(self, checkpoint: Path) -> None:
         """Note a checkpoint that was written."""
         self._checkpoint = checkpoint
+
+    def not_saved(self, error: CheckpointError) -> None:
+        """Say that a checkpoint could not be written, and that the run goes on."""
+        _LOGGER.warning("%s", error)
+        last = self._checkpoint or "none of this run"
+        self._console.say(f"warning: {error}; the run goes on, its last checkpoint is {last}")
 
     def look_at_start(
         self,

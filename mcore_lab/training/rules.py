@@ -23,6 +23,7 @@ _AT_LEAST = {
     "training.eval_every": 1,
     "training.eval_samples": 1,
     "checkpoint.save_every": 1,
+    "checkpoint.keep": 1,
     "data.num_samples": 1,
     "data.mock_vocab_size": 1,
     "data.mock_document_length": 1,

@@ -23,6 +23,7 @@ _WRITTEN = (
     _VALIDATION,
     f"{_CHECKPOINTS}/step-*",
     f"{_CHECKPOINTS}/.step-*",
+    f"{_CHECKPOINTS}/latest_checkpointed_iteration.txt",
     f"{_LOGS}/rank-*.log",
 )
 """What a run writes, and all that `--fresh` removes."""

@@ -31,7 +31,8 @@ def recipe(steps: int, resume: str = "none", **parts: dict[str, Any]) -> Recipe:
 
 
 def steps_saved(folder: Path) -> list[str]:
-    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+    checkpoints = (folder / "checkpoints").iterdir()
+    return sorted(path.name for path in checkpoints if path.is_dir())
 
 
 def test_checkpoints_are_written_every_so_many_steps_and_after_the_last(tmp_path: Path) -> None:

@@ -1,0 +1,110 @@
+"""What becomes of checkpoints' folders: published, replaced, pruned, cleaned. No torch in here."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+from mcore_lab.checkpoint.folders import (
+    LATEST,
+    hidden,
+    hidden_folders,
+    replaced,
+    step_folder,
+    whole_checkpoints,
+)
+from mcore_lab.errors import CheckpointError
+
+
+def make_room(unfinished: Path, size: int) -> None:
+    """Make the folder that a checkpoint of about `size` bytes is written to.
+
+    Raises CheckpointError if there is not the room for it.
+    """
+    checkpoints = unfinished.parent
+    clean_up(checkpoints)
+    if not checkpoints.is_dir():
+        checkpoints.mkdir(parents=True)
+        sync(checkpoints.parent)
+    unfinished.mkdir()
+    free = shutil.disk_usage(unfinished).free
+    if free < size:
+        unfinished.rmdir()
+        raise CheckpointError(
+            f"cannot write the checkpoint to {checkpoints}: it takes {size / 1e6:,.1f} MB, "
+            f"and {free / 1e6:,.1f} MB are free; --checkpoint.save False runs without checkpoints"
+        )
+
+
+def publish(unfinished: Path, folder: Path, step: int) -> None:
+    """Let what was written whole, and is on disk, appear as `folder`, the latest checkpoint.
+
+    At no moment is there half of a checkpoint in its place, whatever ends the process or the
+    machine: what is there before and after is one rename apart, and on disk before the next.
+    """
+    if folder.exists():
+        # Where a run that went on from an earlier step comes to this one again.
+        folder.rename(replaced(folder))
+    unfinished.rename(folder)
+    sync(folder.parent)
+    _mark_latest(folder.parent, step)
+    shutil.rmtree(replaced(folder), ignore_errors=True)
+
+
+def prune(checkpoints: Path, keep: int, latest: int | None = None) -> list[Path]:
+    """Remove all but `keep` checkpoints, and return the folders that were removed.
+
+    Those that go first are of steps after `latest`, which a run has left by going on from an
+    earlier one; then the oldest. Raises CheckpointError if one cannot be removed.
+    """
+    there = whole_checkpoints(checkpoints)
+    last = max(there, default=0) if latest is None else latest
+    steps = sorted(there, key=lambda step: (step <= last, step))
+    surplus = [there[step] for step in steps[: max(0, len(steps) - keep)]]
+    for folder in surplus:
+        _remove(folder)
+    return surplus
+
+
+def clean_up(checkpoints: Path) -> None:
+    """Remove what an interrupted save has left, and put back what it was about to replace."""
+    whole = {folder: step for step, folder in whole_checkpoints(checkpoints).items()}
+    for left in hidden_folders(checkpoints):
+        if left not in whole:
+            shutil.rmtree(left, ignore_errors=True)
+    # Where nothing can be written, what stays is as good as it was.
+    with suppress(OSError):
+        (checkpoints / f".{LATEST}").unlink(missing_ok=True)
+        for folder in whole.keys() & set(hidden_folders(checkpoints)):
+            folder.rename(step_folder(checkpoints, whole[folder]))
+
+
+def sync(path: Path) -> None:
+    """Return when a file's content, or a folder's list of names, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _mark_latest(checkpoints: Path, step: int) -> None:
+    beside = checkpoints / f".{LATEST}"
+    beside.write_text(f"{step}\n", encoding="utf-8")
+    sync(beside)
+    beside.replace(checkpoints / LATEST)
+    sync(checkpoints)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint so that no half of it is ever taken for one."""
+    doomed = hidden(folder, "removed")
+    try:
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot remove the checkpoint {folder}: {error.strerror or error}"
+        ) from None

@@ -1,0 +1,22 @@
+"""The benchmark of checkpoints saves and loads for real; its times are not a test's to judge."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from small_runs import SMALL, changed
+
+from mcore_lab.bench.checkpoint import CheckpointTimes, measure_on_rank
+from mcore_lab.runtime import launch
+
+
+def test_a_checkpoint_with_the_optimizer_is_saved_and_loaded_and_nothing_is_left(
+    tmp_path: Path,
+) -> None:
+    recipe = changed(SMALL, layout={"tensor_model_parallel_size": 2})
+    for times in launch(measure_on_rank, 2, recipe, 2, tmp_path, timeout=120):
+        assert isinstance(times, CheckpointTimes)
+        assert times.rounds == 2
+        assert times.size > 3 * 59584 * 4
+        assert times.save_seconds > 0 < times.load_seconds
+    assert not list(tmp_path.iterdir())
