@@ -24,7 +24,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint import CheckpointException
 
 from mcore_lab.checkpoint.failures import failures_explained
-from mcore_lab.checkpoint.state import content_metadata, full_state
+from mcore_lab.checkpoint.state import Progress, content_metadata, full_state
 from mcore_lab.errors import CheckpointError
 from mcore_lab.runtime.together import fail_together
 
@@ -34,14 +34,15 @@ def save_checkpoint(
     chunks: Sequence[torch.nn.Module],
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
-    step: int,
+    progress: Progress,
+    recipe: str,
 ) -> Path:
-    """Save weights, optimizer, schedule and step to `folder`, and return it; every rank calls this.
+    """Save the `full_state` of a run to `folder`, and return it; every rank calls this.
 
     The folder appears when it is whole. Raises CheckpointError where it cannot be written, and
     leaves nothing of it.
     """
-    state = full_state(chunks, optimizer, scheduler, step)
+    state = full_state(chunks, optimizer, scheduler, progress, recipe)
     size = _bytes_of_all_ranks(state)
     _write_without_a_process()
     with (
