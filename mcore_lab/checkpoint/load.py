@@ -47,7 +47,7 @@ def load_weights(
 
     Raises CheckpointError, on every rank, if it cannot be read or is of another model.
     """
-    _put_weights(chunks, _read(path, _tensors_in(path), model_state(chunks)))
+    _put_weights(chunks, _read(path, _tensors_together(path), model_state(chunks)))
     # Under bf16 the optimizer made its own copies of the weights before these were loaded.
     optimizer.reload_model_params()
 
@@ -63,14 +63,14 @@ def load_checkpoint(
     On another layout that is all but the random generators: see `random_state`. Raises
     CheckpointError, on every rank, if it cannot be read or is of another model.
     """
-    with fail_together(), failures_explained("read", path):
-        common = dist_checkpointing.load_common_state_dict(str(path))
-        progress = _progress(path, common)
+    with fail_together():
+        common = common_state(path)
+        progress = progress_in(path, common)
     if progress.step == 0:
         load_weights(path, chunks, optimizer)
         return progress
     adam.give_state(optimizer)
-    wanted, there = model_state(chunks), _tensors_in(path)
+    wanted, there = model_state(chunks), _tensors_together(path)
     own = optimizer_state(optimizer, chunks, wanted, is_loading=True)
     wanted[_OWN], weights = wanted_tensors(optimizer, own, there)
     if has_own_states(common.get("rank_sizes")):
@@ -86,13 +86,30 @@ def load_checkpoint(
     return progress
 
 
-def _progress(path: Path, common: dict[str, Any]) -> Progress:
-    if "consumed_train_samples" not in common:
-        raise CheckpointError(
-            f"the checkpoint {path} does not say how many samples its run has taken "
-            "(consumed_train_samples): --checkpoint.load to begin with its weights alone"
-        )
-    return Progress(int(common["iteration"]), int(common["consumed_train_samples"]))
+def common_state(path: Path) -> dict[str, Any]:
+    """Return what all ranks have alike. Raises CheckpointError."""
+    with failures_explained("read", path):
+        common: dict[str, Any] = dist_checkpointing.load_common_state_dict(str(path))
+    return common
+
+
+def progress_in(path: Path, common: dict[str, Any]) -> Progress:
+    """Return how far the run of a checkpoint came. Raises CheckpointError if it does not say."""
+    names = ("iteration", "consumed_train_samples")
+    for name in names:
+        if name not in common:
+            raise CheckpointError(
+                f"the checkpoint {path} does not say how far its run came ({name}): "
+                "--checkpoint.load to begin with its weights alone"
+            )
+    return Progress(*(int(common[name]) for name in names))
+
+
+def tensors_in(path: Path) -> dict[str, ShardedTensor]:
+    """Return the whole tensors' names and shapes. Raises CheckpointError."""
+    with failures_explained("read", path):
+        there: dict[str, ShardedTensor] = dist_checkpointing.load_tensors_metadata(str(path))
+    return there
 
 
 def _put_weights(chunks: Sequence[torch.nn.Module], state: dict[str, Any]) -> None:
@@ -100,10 +117,9 @@ def _put_weights(chunks: Sequence[torch.nn.Module], state: dict[str, Any]) -> No
         unwrapped(chunk).load_state_dict(state[key])
 
 
-def _tensors_in(path: Path) -> dict[str, ShardedTensor]:
-    with fail_together(), failures_explained("read", path):
-        there: dict[str, ShardedTensor] = dist_checkpointing.load_tensors_metadata(str(path))
-    return there
+def _tensors_together(path: Path) -> dict[str, ShardedTensor]:
+    with fail_together():
+        return tensors_in(path)
 
 
 def _read(path: Path, there: dict[str, ShardedTensor], wanted: dict[str, Any]) -> dict[str, Any]:

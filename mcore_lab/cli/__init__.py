@@ -18,6 +18,7 @@ COMMANDS = {
     "recipes": "list the recipes",
     "verify": "say whether a layout computes what one rank computes",
     "compare": "say from which step on two runs differ",
+    "checkpoint": "write a checkpoint as another layout would have written it",
     "bench": "time a recipe's step beside a bare Megatron-Core loop",
     "doctor": "say what this machine has, what that allows, and what is missing",
 }
