@@ -6,9 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing import load_common_state_dict
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+_NOT_STATE = ("_extra_state", "common_state")
+"""Of Transformer Engine, and where Megatron-Core from 0.17 on keeps what all ranks have alike."""
 
 
 def sharded_of(checkpoint: Path) -> dict[str, Any]:
@@ -16,12 +20,12 @@ def sharded_of(checkpoint: Path) -> dict[str, Any]:
     state: dict[str, Any] = {}
     reader, planner = FileSystemReader(checkpoint), _EmptyStateDictLoadPlanner()
     _load_state_dict(state, storage_reader=reader, planner=planner, no_dist=True)
-    return {key: value for key, value in state.items() if "_extra_state" not in key}
+    return {k: value for k, value in state.items() if not any(name in k for name in _NOT_STATE)}
 
 
 def common_of(checkpoint: Path) -> dict[str, Any]:
     """Return what all ranks have alike."""
-    common: dict[str, Any] = torch.load(checkpoint / "common.pt", weights_only=True)
+    common: dict[str, Any] = load_common_state_dict(str(checkpoint))
     return common
 
 
