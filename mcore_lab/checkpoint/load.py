@@ -14,9 +14,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from mcore_lab.checkpoint import adam
 from mcore_lab.checkpoint.failures import failures_explained
-from mcore_lab.checkpoint.optimizer_state import put_optimizer, wanted_tensors
+from mcore_lab.checkpoint.optimizer_state import give_state, put_optimizer, wanted_tensors
 from mcore_lab.checkpoint.random_state import (
     KEY,
     has_own_states,
@@ -69,7 +68,7 @@ def load_checkpoint(
     if progress.step == 0:
         load_weights(path, chunks, optimizer)
         return progress
-    adam.give_state(optimizer)
+    give_state(optimizer)
     wanted, there = model_state(chunks), _tensors_together(path)
     own = optimizer_state(optimizer, chunks, wanted, is_loading=True)
     wanted[_OWN], weights = wanted_tensors(optimizer, own, there)

@@ -30,6 +30,23 @@ _MAIN_WEIGHT = ("optimizer.state.param.", "optimizer.state.fp32_param.")
 _SHARDED = ShardedTensor | ShardedTensorFactory | ShardedObject
 
 
+def give_state(optimizer: MegatronOptimizer) -> None:
+    """Make the state that an optimizer makes in its first step, for what is read to fill.
+
+    Megatron-Core (to 0.19) has no function for it where the optimizer is SGD, and calls it.
+    """
+    adam.give_state(optimizer)
+    for one in adam.members_of(optimizer):
+        if one.init_state_fn is None:
+            one.init_state_fn = _give_momentum
+
+
+def _give_momentum(sgd: torch.optim.Optimizer, _: Any = None) -> None:
+    for group in sgd.param_groups:
+        for weight in group["params"] if group["momentum"] else ():
+            sgd.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+
+
 def wanted_tensors(
     optimizer: MegatronOptimizer, own: dict[Any, Any], there: Iterable[str]
 ) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -101,6 +101,7 @@ KINDS: dict[str, dict[str, dict[str, Any]]] = {
         "training": {"precision": "bf16", "ddp": OVERLAPPING},
     },
     "pp2, interleaved, distributed optimizer": {"layout": VPP2 | SHARDED},
+    "momentum of sgd": {"layout": TP2, "training": {"optimizer": {"optimizer": "sgd"}}},
     "experts with a bias that is balanced, bf16": {
         "layout": EP2 | SHARDED,
         "model": MIXTURE,
