@@ -18,7 +18,8 @@ from mcore_lab.checkpoint import step_folder
 from mcore_lab.checkpoint.load import load_checkpoint
 from mcore_lab.checkpoint.manifest import files_in
 from mcore_lab.checkpoint.save import save_checkpoint
-from mcore_lab.config import Recipe
+from mcore_lab.checkpoint.state import Progress
+from mcore_lab.config import Recipe, recipe_to_toml
 from mcore_lab.recipes.story import train
 from mcore_lab.runtime import RankLog, process_group
 from mcore_lab.training import RunFolder
@@ -58,7 +59,7 @@ def measure_on_rank(recipe: Recipe, rounds: int, folder: Path | None = None) -> 
         recorder = _SavingRecorder(
             RunFolder(Path(own) / "run"), log, console, recipe_toml="", fresh=True
         )
-        recorder.rounds = rounds
+        recorder.rounds, recorder.toml = rounds, recipe_to_toml(recipe)
         train(recipe, world, recorder)
     saves, loads = recorder.saves[1:], recorder.loads[1:]
     return CheckpointTimes(
@@ -78,6 +79,7 @@ class _SavingRecorder(Recorder):
         self.saves: list[float] = []
         self.loads: list[float] = []
         self.rounds = self.size = 0
+        self.toml = ""
 
     def look_at_end(self, model: Any, optimizer: Any, scheduler: Any) -> None:
         where = [self.folder.checkpoints]
@@ -85,7 +87,9 @@ class _SavingRecorder(Recorder):
         for step in range(1, self.rounds + 2):
             folder = step_folder(where[0], step)
             run = (model, optimizer, scheduler)
-            self.saves.append(_seconds(partial(save_checkpoint, folder, *run, step, keep=1)))
+            progress = Progress(step, step)
+            save = partial(save_checkpoint, folder, *run, progress, self.toml, keep=1)
+            self.saves.append(_seconds(save))
             self.loads.append(_seconds(partial(load_checkpoint, folder, *run)))
         self.size = sum(file.stat().st_size for file in files_in(folder).values())
 

@@ -8,6 +8,7 @@ one.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -29,11 +30,9 @@ def give_state(optimizer: MegatronOptimizer) -> None:
 
 def load_state(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> None:
     """Load an optimizer's state; where it is sharded, moments and counts of steps one by one."""
-    members = members_of(optimizer)
-    parts = [state] if len(members) == 1 else [part for _, part in sorted(state.items())]
     sharded = [
         (one, part.pop("param_state"))
-        for one, part in zip(members, parts, strict=True)
+        for one, part in _parts(optimizer, state)
         if _has_sharded_adam(one)
     ]
     optimizer.load_state_dict(state)
@@ -46,12 +45,34 @@ def load_state(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> None:
             kept["step"] = step.clone()
 
 
+def set_updates(optimizer: MegatronOptimizer, state: dict[Any, Any], count: int) -> None:
+    """Set the number of updates in an optimizer's sharded state, where each kind of Adam has it."""
+    for one, part in _parts(optimizer, state):
+        inner = part.get("optimizer", part)
+        if _is_of_torch(one) and not isinstance(one, DistributedOptimizer):
+            inner["state"]["common_step"] = torch.tensor(float(count))
+        else:
+            for group in inner["param_groups"]:
+                group["step"] = count
+
+
 def members_of(optimizer: MegatronOptimizer) -> list[Any]:
     """Return the optimizers that one is made of: of dense layers and of experts, or itself."""
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
+def _parts(
+    optimizer: MegatronOptimizer, state: dict[Any, Any]
+) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Yield each member with its part of the state."""
+    members = members_of(optimizer)
+    parts = [state] if len(members) == 1 else [part for _, part in sorted(state.items())]
+    yield from zip(members, parts, strict=True)
+
+
 def _has_sharded_adam(one: Any) -> bool:
-    return isinstance(one, DistributedOptimizer) and isinstance(
-        one.optimizer, torch.optim.Adam | torch.optim.AdamW
-    )
+    return isinstance(one, DistributedOptimizer) and _is_of_torch(one)
+
+
+def _is_of_torch(one: Any) -> bool:
+    return isinstance(one.optimizer, torch.optim.Adam | torch.optim.AdamW)

@@ -14,14 +14,20 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from mcore_lab.checkpoint import adam
 from mcore_lab.checkpoint.admission import admit
 from mcore_lab.checkpoint.failures import failures_explained
+from mcore_lab.checkpoint.optimizer_state import give_state, put_optimizer, wanted_tensors
+from mcore_lab.checkpoint.random_state import (
+    KEY,
+    has_own_states,
+    random_state,
+    set_random_state,
+)
 from mcore_lab.checkpoint.state import (
-    content_metadata,
-    full_state,
+    Progress,
     model_keys,
     model_state,
+    optimizer_state,
     unwrapped,
 )
 from mcore_lab.checkpoint.trust import require_harmless, weights_only
@@ -31,8 +37,8 @@ from mcore_lab.runtime.together import fail_together
 Shape = tuple[int, ...]
 _SHOWN = 3
 _OPTIMIZER = "optimizer."
-_SHARDING = "distrib_optim_sharding_type"
-_OF_THE_RECIPE = ("betas", "eps", "max_lr", "min_lr", "start_wd", "end_wd")
+_OWN = "own optimizer"
+"""Where what is read for the optimizer goes: what the checkpoint has beside may be of another."""
 
 
 def load_weights(
@@ -48,7 +54,7 @@ def load_weights(
     rank, if it cannot be read or is of another model.
     """
     admit(path, verify=verify)
-    _put_weights(chunks, _read(path, model_state(chunks)))
+    _put_weights(chunks, _read(path, _tensors_together(path), model_state(chunks)))
     # Under bf16 the optimizer made its own copies of the weights before these were loaded.
     optimizer.reload_model_params()
 
@@ -60,27 +66,61 @@ def load_checkpoint(
     scheduler: OptimizerParamScheduler,
     *,
     verify: bool = True,
-) -> int:
-    """Load weights, optimizer and schedule of the checkpoint at `path`; return its step.
+) -> Progress:
+    """Load all of the checkpoint at `path` that this layout can take; return how far its run came.
 
-    With `verify` its files are first held against its manifest. Raises CheckpointError, on every
-    rank, if it cannot be read or is of another model.
+    On another layout that is all but the random generators: see `random_state`. With `verify` its
+    files are first held against its manifest. Raises CheckpointError, on every rank, if it cannot
+    be read or is of another model.
     """
     admit(path, verify=verify)
-    with fail_together(), failures_explained("read", path), weights_only():
-        common = dist_checkpointing.load_common_state_dict(str(path))
-        step = int(common["iteration"])
-        if step > 0:
-            _require_same_sharding(path, common, content_metadata(chunks))
-    if step == 0:
+    with fail_together():
+        common = common_state(path)
+        progress = progress_in(path, common)
+    if progress.step == 0:
         load_weights(path, chunks, optimizer, verify=False)
-        return 0
-    adam.give_state(optimizer)
-    state = _read(path, full_state(chunks, optimizer, scheduler, step, is_loading=True))
+        return progress
+    give_state(optimizer)
+    wanted, there = model_state(chunks), _tensors_together(path)
+    own = optimizer_state(optimizer, chunks, wanted, is_loading=True)
+    wanted[_OWN], weights = wanted_tensors(optimizer, own, there)
+    if has_own_states(common.get("rank_sizes")):
+        wanted[KEY] = random_state()
+    state = _read(path, there, wanted)
+    if weights:
+        state[_OWN] |= _load(path, {_OWN: weights})[_OWN]
     _put_weights(chunks, state)
-    _put_optimizer(optimizer, state["optimizer"])
+    put_optimizer(optimizer, own, state[_OWN], state["optimizer"])
     scheduler.load_state_dict(state["opt_param_scheduler"])
-    return step
+    if KEY in wanted:
+        set_random_state(state[KEY])
+    return progress
+
+
+def common_state(path: Path) -> dict[str, Any]:
+    """Return what all ranks have alike. Raises CheckpointError."""
+    with failures_explained("read", path), weights_only():
+        common: dict[str, Any] = dist_checkpointing.load_common_state_dict(str(path))
+    return common
+
+
+def progress_in(path: Path, common: dict[str, Any]) -> Progress:
+    """Return how far the run of a checkpoint came. Raises CheckpointError if it does not say."""
+    names = ("iteration", "consumed_train_samples")
+    for name in names:
+        if name not in common:
+            raise CheckpointError(
+                f"the checkpoint {path} does not say how far its run came ({name}): "
+                "--checkpoint.load to begin with its weights alone"
+            )
+    return Progress(*(int(common[name]) for name in names))
+
+
+def tensors_in(path: Path) -> dict[str, ShardedTensor]:
+    """Return the whole tensors' names and shapes. Raises CheckpointError."""
+    with failures_explained("read", path):
+        there: dict[str, ShardedTensor] = dist_checkpointing.load_tensors_metadata(str(path))
+    return there
 
 
 def _put_weights(chunks: Sequence[torch.nn.Module], state: dict[str, Any]) -> None:
@@ -98,47 +138,19 @@ def _require_harmless_extras(state: dict[str, Any]) -> None:
             require_harmless(name, value.cpu().numpy().tobytes())
 
 
-def _put_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
-    """Load the moments and the step; what the recipe says of Adam stays as the recipe says it."""
-    own = [
-        {name: group[name] for name in _OF_THE_RECIPE if name in group}
-        for group in optimizer.param_groups
-    ]
-    # From 0.17 on Megatron-Core finds a group's state by these values: to be found it has to have
-    # the checkpoint's, which are the same for all groups.
-    there = next(_saved_groups(state), {})
-    for group in optimizer.param_groups:
-        group.update({name: there[name] for name in _OF_THE_RECIPE if name in there})
-    adam.load_state(optimizer, state)
-    for group, values in zip(optimizer.param_groups, own, strict=True):
-        group.update(values)
+def _tensors_together(path: Path) -> dict[str, ShardedTensor]:
+    with fail_together():
+        return tensors_in(path)
 
 
-def _saved_groups(state: dict[Any, Any]) -> Iterator[dict[str, Any]]:
-    for key, value in state.items():
-        if key == "param_groups":
-            yield from value
-        elif isinstance(value, dict):
-            yield from _saved_groups(value)
-
-
-def _read(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
-    with fail_together(), failures_explained("read", path):
-        there = dist_checkpointing.load_tensors_metadata(str(path))
+def _read(path: Path, there: dict[str, ShardedTensor], wanted: dict[str, Any]) -> dict[str, Any]:
     _require_same_model(path, there, wanted)
+    return _load(path, wanted)
+
+
+def _load(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     with failures_explained("read", path), weights_only():
         return dist_checkpointing.load(wanted, str(path))
-
-
-def _require_same_sharding(path: Path, common: dict[str, Any], own: dict[str, Any]) -> None:
-    there = common.get("content_metadata") or {}
-    if there.get(_SHARDING) != own.get(_SHARDING):
-        has = "with" if _SHARDING in there else "without"
-        raise CheckpointError(
-            f"the checkpoint {path} was saved {has} the distributed optimizer: "
-            f"--layout.use-distributed-optimizer {_SHARDING in there} to go on from it, or "
-            "--checkpoint.load to take its weights alone"
-        )
 
 
 def _require_same_model(

@@ -28,7 +28,7 @@ from mcore_lab.checkpoint import publication
 from mcore_lab.checkpoint.failures import failures_explained
 from mcore_lab.checkpoint.folders import hidden
 from mcore_lab.checkpoint.manifest import MANIFEST, FileRecord, Manifest, files_in, record
-from mcore_lab.checkpoint.state import content_metadata, full_state
+from mcore_lab.checkpoint.state import Progress, content_metadata, full_state
 from mcore_lab.checkpoint.write import Written, finish, plan, write_shards
 from mcore_lab.errors import CheckpointError
 from mcore_lab.runtime.together import fail_together
@@ -39,17 +39,19 @@ def save_checkpoint(
     chunks: Sequence[torch.nn.Module],
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
-    step: int,
+    progress: Progress,
+    recipe: str,
     *,
     keep: int | None = None,
 ) -> Path:
-    """Save weights, optimizer, schedule and step to `folder`, and return it; every rank calls this.
+    """Save the `full_state` of a run to `folder`, and return it; every rank calls this.
 
     The folder appears when it is whole, and is then the latest; then all but `keep` checkpoints
     beside it are removed. Raises CheckpointError, on every rank, where it cannot be written, and
     leaves nothing of it.
     """
-    state = full_state(chunks, optimizer, scheduler, step)
+    state = full_state(chunks, optimizer, scheduler, progress, recipe)
+    step = progress.step
     with _published(folder, step, _bytes_of_all_ranks(state)) as unfinished:
         with _same_reason_on_every_rank(), failures_explained("write", folder):
             planned = plan(state, unfinished, content_metadata(chunks))

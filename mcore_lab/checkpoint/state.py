@@ -1,9 +1,9 @@
-"""What a checkpoint holds: model, optimizer, schedule and step, as Megatron-LM names them."""
+"""What a checkpoint holds of a run, as Megatron-LM names it: see `full_state`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core import parallel_state
@@ -11,6 +11,20 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from mcore_lab.checkpoint.buckets import found_in_buckets
+from mcore_lab.checkpoint.random_state import random_state, rank_sizes
+
+
+class Progress(NamedTuple):
+    """How far a run has come."""
+
+    step: int = 0
+    """Optimizer steps that have been taken."""
+    consumed_train_samples: int = 0
+    """Samples that they took, over all data-parallel ranks: where in the data the run goes on."""
+
+    def after_step_of(self, samples: int) -> Progress:
+        """Return how far the run is after another step, of so many samples."""
+        return Progress(self.step + 1, self.consumed_train_samples + samples)
 
 
 def model_keys(chunks: Sequence[torch.nn.Module]) -> list[str]:
@@ -48,25 +62,43 @@ def full_state(
     chunks: Sequence[torch.nn.Module],
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
-    step: int,
-    *,
-    is_loading: bool = False,
+    progress: Progress,
+    recipe: str,
 ) -> dict[str, Any]:
-    """Return the sharded state of a run: weights, optimizer, schedule and step.
+    """Return all that a run needs to go on as if it had not stopped; `recipe` is its TOML.
 
-    Before its first step the optimizer has no state, and is left out.
+    Sharded: weights, optimizer, and the random generators of every rank. The same for all ranks:
+    the schedule, how far the run has come, and which ranks there are. Before its first step the
+    optimizer has no state, and is left out.
     """
     state = model_state(chunks)
-    if step > 0 or is_loading:
-        # The optimizer finds its parameters among the model's, by name.
-        names = state["model"] if len(chunks) == 1 else dict(state)
-        with found_in_buckets(optimizer):
-            state["optimizer"] = optimizer.sharded_state_dict(
-                names, is_loading=is_loading, metadata=_with_group(content_metadata(chunks))
-            )
-    state["opt_param_scheduler"] = scheduler.state_dict()
-    state["iteration"] = step
-    state["checkpoint_version"] = 3.0
+    if progress.step > 0:
+        state["optimizer"] = optimizer_state(optimizer, chunks, state)
+    return state | {
+        "rng_state": random_state(),
+        "opt_param_scheduler": scheduler.state_dict(),
+        "iteration": progress.step,
+        "consumed_train_samples": progress.consumed_train_samples,
+        "checkpoint_version": 3.0,
+        "rank_sizes": rank_sizes(),
+        "recipe": recipe,
+    }
+
+
+def optimizer_state(
+    optimizer: MegatronOptimizer,
+    chunks: Sequence[torch.nn.Module],
+    model: dict[str, Any],
+    *,
+    is_loading: bool = False,
+) -> dict[Any, Any]:
+    """Return the sharded state of an optimizer of the parameters in `model_state`."""
+    # The optimizer finds its parameters among the model's, by name.
+    names = model["model"] if len(chunks) == 1 else dict(model)
+    with found_in_buckets(optimizer):
+        state: dict[Any, Any] = optimizer.sharded_state_dict(
+            names, is_loading=is_loading, metadata=_with_group(content_metadata(chunks))
+        )
     return state
 
 

@@ -1,4 +1,4 @@
-"""`mcore-lab checkpoint`: look at checkpoints, see that they are whole, remove old ones."""
+"""`mcore-lab checkpoint`: look at checkpoints, see that they are whole, and remove old ones."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from mcore_lab.checkpoint.integrity import differences
 from mcore_lab.checkpoint.manifest import MANIFEST, files_in, read_manifest
 from mcore_lab.checkpoint.publication import prune
 from mcore_lab.checkpoint.trust import read_metadata
+from mcore_lab.cli import reshard
 from mcore_lab.cli.arguments import Parser
 from mcore_lab.errors import CheckpointError, ConfigError
 from mcore_lab.report.tables import print_json, print_table
@@ -28,7 +29,10 @@ _PATH = "a checkpoint, or a run's folder for its latest"
 
 
 def main(argv: Sequence[str]) -> int:
-    """Look at checkpoints, see that they are whole, and remove old ones."""
+    """Look at checkpoints, see that they are whole, remove old ones, write them for a layout."""
+    if argv[:1] == ["reshard"]:
+        # Its options are those of a recipe.
+        return reshard.main(argv[1:])
     options = _parser().parse_args(argv or ["--help"])
     status: int = options.function(options)
     return status
@@ -54,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     add(_diff, "A", "B")
     keep = add(_prune, "RUN")
     keep.add_argument("--keep", type=int, required=True, help="how many checkpoints stay")
+    commands.add_parser("reshard", help="write a checkpoint as another layout would have")
     return parser
 
 

@@ -18,10 +18,10 @@ class GlobalBatches:
     """The global batches of a dataset, and this data-parallel rank's part of each.
 
     Sample n of the run is entry n of an endless sequence: the dataset in a new order each epoch,
-    decided by the seed alone. Step k takes `global_batch_size` samples from `k * global_batch_size`
-    on, whatever the layout and however many steps the run has. With `num_samples` the sequence ends
-    there, and batches are filled up with samples whose loss is masked. `rank_share` takes from the
-    samples of a micro-batch what this rank has of their tokens.
+    decided by the seed alone. A step takes the `global_batch_size` samples that follow those of the
+    steps before it, whatever the layout and however many steps the run has. With `num_samples` the
+    sequence ends there, and batches are filled up with samples whose loss is masked. `rank_share`
+    takes from the samples of a micro-batch what this rank has of their tokens.
     """
 
     def __init__(
@@ -60,12 +60,12 @@ class GlobalBatches:
             self._epoch_order = (epoch, order)
         return int(self._epoch_order[1][place])
 
-    def step(self, step: int) -> Iterator[Batch]:
-        """Yield this rank's micro-batches of step number `step`, counted from 0."""
-        start = step * self._global_batch_size
+    def after(self, consumed_samples: int) -> Iterator[Batch]:
+        """Yield this rank's micro-batches of the step that follows so many samples of the run."""
         for microbatch in range(self.num_microbatches):
             first = (microbatch * self._ranks + self._rank) * self._micro_batch_size
-            positions = range(start + first, start + first + self._micro_batch_size)
+            start = consumed_samples + first
+            positions = range(start, start + self._micro_batch_size)
             yield self._collate([self.sample_index(position) for position in positions])
 
     def _collate(self, indices: list[int | None]) -> Batch:

@@ -5,8 +5,10 @@ Read `train` from top to bottom: what has Megatron-Core's name is Megatron-Core'
 
 from __future__ import annotations
 
+import random
 import time
 
+import numpy as np
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
@@ -19,7 +21,8 @@ from mcore_lab.checkpoint.failures import failures_missed
 from mcore_lab.checkpoint.load import load_checkpoint, load_weights
 from mcore_lab.checkpoint.publication import clean_up
 from mcore_lab.checkpoint.save import save_checkpoint
-from mcore_lab.config import Recipe
+from mcore_lab.checkpoint.state import Progress
+from mcore_lab.config import Recipe, recipe_to_toml
 from mcore_lab.data.batches import global_batches
 from mcore_lab.data.datasets import build_datasets
 from mcore_lab.model import (
@@ -54,6 +57,8 @@ def train(
 
     # Who is who: this rank joins the groups of its tensor, pipeline, context, expert, data peers.
     parallel_state.initialize_model_parallel(**recipe.layout.model_parallel_sizes())
+    random.seed(training.seed)
+    np.random.seed(training.seed % 2**32)
     torch.manual_seed(training.seed)
     tensor_parallel.model_parallel_cuda_manual_seed(training.seed)
 
@@ -83,53 +88,57 @@ def train(
     forward_backward = get_forward_backward_func()
 
     # Where it starts: at step 0, or where a checkpoint of any layout left off.
-    first_step = 0
+    progress = Progress()
     checkpoints = recorder.folder.checkpoints
     if start := starting_point(recipe.checkpoint.load, training.resume, checkpoints):
         verify = recipe.checkpoint.verify == "on"
         if start.weights_only:
             load_weights(start.path, model, optimizer, verify=verify)
         else:
-            first_step = load_checkpoint(start.path, model, optimizer, scheduler, verify=verify)
+            progress = load_checkpoint(start.path, model, optimizer, scheduler, verify=verify)
 
-    recorder.begin(recipe, world, backend, first_step)
+    toml = recipe_to_toml(recipe)
+    recorder.begin(recipe, world, backend, progress.step)
     if world.is_first:
         clean_up(checkpoints)
     recorder.look_at_start(model, optimizer, scheduler)
     if training.steps == 0 and recipe.checkpoint.save:
         # The initial weights, for runs on other layouts to start from.
-        recorder.saved(save_checkpoint(step_folder(checkpoints, 0), model, optimizer, scheduler, 0))
-    for step in range(first_step, training.steps):
+        folder = step_folder(checkpoints, 0)
+        recorder.saved(save_checkpoint(folder, model, optimizer, scheduler, progress, toml))
+    while progress.step < training.steps:
         started = time.perf_counter()
         for chunk in model:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
         reports = forward_backward(
             forward_step_func=forward_step,
-            data_iterator=[batches.step(step) for _ in model],
+            data_iterator=[batches.after(progress.consumed_train_samples) for _ in model],
             model=model,
             num_microbatches=batches.num_microbatches,
             seq_length=recipe.layout.padded(data.sequence_length),
             micro_batch_size=data.micro_batch_size,
             forward_only=False,
         )
-        recorder.look_at_gradients(step + 1, model, reports)
+        progress = progress.after_step_of(data.global_batch_size)
+        step = progress.step
+        recorder.look_at_gradients(step, model, reports)
         _, grad_norm, _ = optimizer.step()
         loss, lr = mean_loss(reports), optimizer.param_groups[0]["lr"]
         scheduler.step(increment=1)
         mtp_loss = mean_mtp_loss(config, batches.num_microbatches)
-        recorder.step(step + 1, loss, grad_norm, lr, time.perf_counter() - started, mtp_loss)
+        recorder.step(step, loss, grad_norm, lr, time.perf_counter() - started, mtp_loss)
 
-        if datasets.valid and training.evaluates_after(step + 1):
+        if datasets.valid and training.evaluates_after(step):
             with whole_parameters(model):
                 loss = evaluate(recipe, datasets.valid, model, forward_backward, forward_step)
             recorder.validation(loss)
-        if recipe.checkpoint.saves_after(step + 1, last=training.steps):
-            folder = step_folder(checkpoints, step + 1)
-            can_miss = recipe.checkpoint.can_miss(step + 1, last=training.steps)
+        if recipe.checkpoint.saves_after(step, last=training.steps):
+            folder = step_folder(checkpoints, step)
+            can_miss = recipe.checkpoint.can_miss(step, last=training.steps)
             with whole_parameters(model), failures_missed(can_miss, recorder.not_saved):
                 keep = recipe.checkpoint.keep
-                save_checkpoint(folder, model, optimizer, scheduler, step + 1, keep=keep)
+                save_checkpoint(folder, model, optimizer, scheduler, progress, toml, keep=keep)
                 recorder.saved(folder)
     with whole_parameters(model):
         recorder.look_at_end(model, optimizer, scheduler)

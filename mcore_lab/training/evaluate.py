@@ -27,7 +27,7 @@ def evaluate(
     with torch.no_grad():
         reports = forward_backward(
             forward_step_func=forward_step,
-            data_iterator=[batch.step(0) for _ in model],
+            data_iterator=[batch.after(0) for _ in model],
             model=model,
             num_microbatches=batch.num_microbatches,
             seq_length=recipe.layout.padded(recipe.data.sequence_length),

@@ -12,9 +12,9 @@ from megatron.core import parallel_state
 from mcore_lab.backends import Backend
 from mcore_lab.checkpoint import step_folder
 from mcore_lab.checkpoint.save import save_checkpoint
-from mcore_lab.checkpoint.state import content_metadata, model_state
+from mcore_lab.checkpoint.state import Progress, content_metadata, model_state
 from mcore_lab.compat import take_auxiliary_losses
-from mcore_lab.config import Recipe
+from mcore_lab.config import Recipe, recipe_to_toml
 from mcore_lab.runtime import RankLog, World
 from mcore_lab.training import RunFolder
 from mcore_lab.training.console import Console
@@ -44,7 +44,8 @@ class Witness(Recorder):
     def look_at_start(self, model: list[Any], optimizer: Any, scheduler: Any) -> None:
         """Keep the initial weights, and watch the first micro-batch go through."""
         if self._initial:
-            save_checkpoint(step_folder(self._initial, 0), model, optimizer, scheduler, 0)
+            folder, recipe = step_folder(self._initial, 0), recipe_to_toml(self._recipe)
+            save_checkpoint(folder, model, optimizer, scheduler, Progress(), recipe)
         self.snapshot.initial_weights = self._kept(whole_tensors(model_state(model)))
         self._activations = Activations(self._recipe, model)
 

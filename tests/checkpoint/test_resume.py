@@ -1,4 +1,4 @@
-"""A run that goes on from a checkpoint goes on as if it had never stopped, on any layout."""
+"""Where a run goes on: in its own folder, from another's checkpoint, or with weights alone."""
 
 from __future__ import annotations
 
@@ -9,11 +9,6 @@ import pytest
 from small_runs import SMALL, changed, losses, run
 
 from mcore_lab.config import Recipe
-from mcore_lab.errors import CheckpointError
-
-TP2 = {"tensor_model_parallel_size": 2}
-PP2 = {"pipeline_model_parallel_size": 2}
-SHARDED = {"use_distributed_optimizer": True}
 
 # The rate depends on the step: a schedule that began again would show in the losses.
 RECIPE = changed(
@@ -28,16 +23,6 @@ RECIPE = changed(
     checkpoint={"save_every": 2},
 )
 
-RUNS: dict[str, tuple[int, dict[str, Any], str]] = {
-    "one rank": (1, {}, "fp32"),
-    "one rank, bf16": (1, {}, "bf16"),
-    "tp2": (2, TP2, "fp32"),
-    "tp2 sp, bf16": (2, TP2 | {"sequence_parallel": True}, "bf16"),
-    "dp2 distributed optimizer": (2, SHARDED, "fp32"),
-    "dp2 distributed optimizer, bf16": (2, SHARDED, "bf16"),
-    "pp2 interleaved": (2, PP2 | {"virtual_pipeline_model_parallel_size": 2}, "fp32"),
-}
-
 
 def until(steps: int, recipe: Recipe = RECIPE, **parts: dict[str, Any]) -> Recipe:
     training = {"steps": steps, **parts.pop("training", {})}
@@ -46,41 +31,6 @@ def until(steps: int, recipe: Recipe = RECIPE, **parts: dict[str, Any]) -> Recip
 
 def going_on(steps: int, recipe: Recipe = RECIPE, **parts: dict[str, Any]) -> Recipe:
     return until(steps, changed(recipe, training={"resume": "auto"}), **parts)
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_steps_before_and_after_a_stop_have_the_losses_of_one_go(tmp_path: Path, name: str) -> None:
-    nproc, layout, precision = RUNS[name]
-    recipe = changed(RECIPE, layout=layout, training={"precision": precision})
-    whole = run(until(4, recipe), nproc, tmp_path / "whole")
-    middle = tmp_path / "whole" / "checkpoints" / "step-00000002"
-    after = run(until(4, recipe, training={"resume": str(middle)}), nproc, tmp_path / "after")
-    assert [line["step"] for line in after] == [3, 4]
-    assert losses(after) == pytest.approx(losses(whole)[2:], rel=1e-6)
-    assert [line["lr"] for line in after] == [line["lr"] for line in whole][2:]
-
-
-def test_a_run_goes_on_in_its_own_folder(tmp_path: Path) -> None:
-    whole = run(until(4), 1, tmp_path / "whole")
-    run(until(2), 1, tmp_path / "stopped")
-    stopped = run(going_on(4), 1, tmp_path / "stopped")
-    assert [line["step"] for line in stopped] == [1, 2, 3, 4]
-    assert losses(stopped) == pytest.approx(losses(whole), rel=1e-6)
-
-
-def test_a_run_goes_on_from_two_ranks_to_one_and_back(tmp_path: Path) -> None:
-    whole = run(until(6), 1, tmp_path / "whole")
-    for steps, nproc, layout in [(2, 2, TP2), (4, 1, {}), (6, 2, TP2)]:
-        metrics = run(going_on(steps, layout=layout), nproc, tmp_path / "moved")
-        assert losses(metrics) == pytest.approx(losses(whole)[:steps], rel=1e-5)
-
-
-def test_the_distributed_optimizer_goes_on_on_any_layout(tmp_path: Path) -> None:
-    whole = run(until(8), 1, tmp_path / "whole")
-    layouts = [(2, SHARDED), (2, SHARDED | TP2), (2, SHARDED | PP2), (1, SHARDED)]
-    for part, (nproc, layout) in enumerate(layouts, start=1):
-        metrics = run(going_on(2 * part, layout=layout), nproc, tmp_path / "moved")
-        assert losses(metrics) == pytest.approx(losses(whole)[: 2 * part], rel=1e-5)
 
 
 def test_a_run_goes_on_with_the_rate_that_its_recipe_says_now(tmp_path: Path) -> None:
@@ -129,17 +79,3 @@ def test_bf16_takes_weights_of_fp32(tmp_path: Path) -> None:
     fp32 = run(until(2, weights), 1, tmp_path / "one")
     bf16 = run(until(2, weights, training={"precision": "bf16"}), 1, tmp_path / "other")
     assert losses(bf16) == pytest.approx(losses(fp32), rel=1e-2)
-
-
-@pytest.mark.parametrize("saved", [True, False])
-def test_an_optimizer_of_another_kind_is_refused_with_the_ways_on(
-    tmp_path: Path, saved: bool
-) -> None:
-    run(until(2, layout={"use_distributed_optimizer": saved}), 1, tmp_path / "run")
-    with pytest.raises(CheckpointError) as raised:
-        other = {"use_distributed_optimizer": not saved}
-        run(going_on(4, layout=other), 1, tmp_path / "run")
-    message = str(raised.value)
-    assert f"was saved {'with' if saved else 'without'} the distributed optimizer" in message
-    assert f"--layout.use-distributed-optimizer {saved} to go on from it" in message
-    assert "--checkpoint.load to take its weights alone" in message

@@ -48,7 +48,7 @@ def taken(step: int, micro: int, ranks: int) -> list[int]:
     samples = []
     for rank in range(ranks):
         drawn = batches(micro=micro, rank=rank, ranks=ranks)
-        parts = [part["tokens"].tolist() for part in drawn.step(step)]
+        parts = [part["tokens"].tolist() for part in drawn.after(step * BATCH)]
         assert len(parts) == drawn.num_microbatches == BATCH // (micro * ranks)
         assert all(len(part) == micro for part in parts)
         samples += [sample for part in parts for sample in part]
@@ -69,7 +69,7 @@ def test_a_step_is_the_same_in_whatever_order_steps_are_asked_for() -> None:
     drawn = batches()
 
     def tokens(step: int) -> list[list[int]]:
-        return [part["tokens"].tolist() for part in drawn.step(step)]
+        return [part["tokens"].tolist() for part in drawn.after(step * BATCH)]
 
     forward = [tokens(step) for step in range(20)]
     assert [tokens(step) for step in reversed(range(20))] == forward[::-1]
@@ -100,7 +100,7 @@ def test_the_order_is_what_it_was_when_this_test_was_written() -> None:
 @on_ranks(1)
 def test_after_the_last_sample_batches_are_filled_up_with_missing_ones() -> None:
     drawn = batches(num_samples=5)
-    tokens = [sample for part in drawn.step(0) for sample in part["tokens"].tolist()]
+    tokens = [sample for part in drawn.after(0) for sample in part["tokens"].tolist()]
     assert tokens == [*order(5), -1, -1, -1]
 
 
