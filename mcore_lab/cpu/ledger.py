@@ -164,6 +164,12 @@ MEGATRON = (
         apply=megatron_core.import_without_torch_compile,
     ),
     Patch(
+        replaces="megatron.core.transformer.custom_layers.batch_invariant_kernels.triton",
+        why="megatron.training imports it, and a CPU build of torch comes without triton",
+        apply=megatron_core.import_without_triton,
+        versions="<0.17",
+    ),
+    Patch(
         replaces="megatron.core.parallel_state.destroy_model_parallel",
         why="it leaves groups behind that cost nothing with NCCL; Gloo's threads go on polling",
         apply=megatron_core.destroy_groups_of_nccl,

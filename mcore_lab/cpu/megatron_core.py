@@ -12,6 +12,7 @@ import sys
 import weakref
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import MagicMock
 
 import torch
 import torch.distributed as dist
@@ -36,6 +37,7 @@ _MODULES = (
     "torch._dynamo",
 )
 _RANDOM = "megatron.core.tensor_parallel.random"
+_BATCH_INVARIANT = "megatron.core.transformer.custom_layers.batch_invariant_kernels"
 _HELPERS = "megatron.core.datasets.helpers_cpp"
 _EXTENSION_SUFFIX = importlib.machinery.EXTENSION_SUFFIXES[0]
 
@@ -59,6 +61,23 @@ def import_without_torch_compile() -> None:
         importlib.import_module("megatron.core.jit").disable_jit_fuser()
     finally:
         torch.compile = compile_
+
+
+def import_without_triton() -> None:
+    """`megatron.training` imports kernels that need triton's name, which no CPU build of torch has.
+
+    A mock stands in for it while they are imported, as it does in later versions.
+    """
+    if _BATCH_INVARIANT in sys.modules or importlib.util.find_spec("triton") is not None:
+        return
+    triton = MagicMock()
+    mocks: dict[str, Any] = {"triton": triton, "triton.language": triton.language}
+    sys.modules.update(mocks)
+    try:
+        importlib.import_module(_BATCH_INVARIANT)
+    finally:
+        for name in mocks:
+            del sys.modules[name]
 
 
 def destroy_groups_of_nccl() -> None:

@@ -10,6 +10,8 @@ _TRANSFORMER_ENGINE = "megatron.core.extensions.transformer_engine"
 _SPECS = (
     "megatron.core.models.gpt.gpt_layer_specs",
     "megatron.core.transformer.multi_token_prediction",
+    "megatron.core.models.bert.bert_layer_specs",
+    "megatron.core.models.T5.t5_spec",
 )
 
 
@@ -17,8 +19,8 @@ def name_stand_ins() -> None:
     """Give Megatron-Core this project's layers by the names of Transformer Engine's.
 
     Without it these are mocks or None, and specs that name them cannot be built. `HAVE_TE` stays
-    False, by which Megatron-Core knows of kernels to call, but for the one class that asks it for
-    `TELinear` only.
+    False, by which Megatron-Core knows of kernels to call, but where it is asked for these names
+    only.
     """
     if importlib.import_module(_TRANSFORMER_ENGINE).HAVE_TE:
         return
@@ -30,6 +32,9 @@ def name_stand_ins() -> None:
     names = STAND_INS | {"TESpecProvider": provider.TESpecProvider}
     for name in _SPECS:
         vars(importlib.import_module(name)).update(names)
+    # It refuses by this to build a spec, and asks for nothing else by it.
+    bert: Any = importlib.import_module("megatron.core.models.bert.bert_layer_specs")
+    bert.HAVE_TE = True
     for module_name, module in list(sys.modules.items()):
         if module_name.startswith("megatron."):
             known = vars(module)

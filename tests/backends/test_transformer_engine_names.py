@@ -189,3 +189,87 @@ def test_a_spec_of_one_layer_ends_in_a_norm_that_takes_sequence_parallelism() ->
             share_embeddings_and_output_weights=True,
         )
         assert step(other).loss == step(gpt).loss
+
+
+@on_ranks(1)
+def test_bert_computes_the_same_with_its_transformer_engine_spec_as_with_its_local_one() -> None:
+    from megatron.core.models.bert.bert_layer_specs import (
+        bert_layer_local_spec,
+        get_bert_layer_with_transformer_engine_spec,
+    )
+    from megatron.core.models.bert.bert_model import BertModel
+
+    model = Model()
+    with model.ranks():
+        specs = (bert_layer_local_spec, get_bert_layer_with_transformer_engine_spec())
+        local, te = (BertModel(model.config(), 0, spec, 64, 16) for spec in specs)
+        renamed = {
+            name.replace("input_layernorm.", "self_attention.linear_qkv.layer_norm_").replace(
+                "pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_"
+            ): value
+            for name, value in local.named_parameters()
+        }
+        assert sorted(renamed) == sorted(name for name, _ in te.named_parameters())
+        te.load_state_dict(renamed, strict=False)
+        tokens = torch.arange(24).view(2, 12)
+        keep = torch.ones(2, 12, dtype=torch.bool)
+        keep[1, 8:] = False
+        expected, got = (bert(tokens, keep) for bert in (local, te))
+        for ours, theirs in zip(got, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@on_ranks(1)
+def test_t5s_transformer_engine_specs_name_layers_that_can_be_built() -> None:
+    from megatron.core.models.T5 import t5_spec
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    for make in (
+        t5_spec.encoder_model_with_transformer_engine_default_spec,
+        t5_spec.decoder_model_with_transformer_engine_default_spec,
+    ):
+        attention: Any = make().submodules.self_attention
+        assert isinstance(attention, ModuleSpec)
+        assert attention.submodules.linear_qkv.__name__ == "TELayerNormColumnParallelLinear"
+
+
+@on_ranks(1)
+def test_layers_draw_weights_where_nothing_has_been_seeded() -> None:
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    from mcore_lab.backends.transformer_engine import (
+        TEColumnParallelGroupedLinear,
+        TEColumnParallelLinear,
+    )
+
+    torch.distributed.init_process_group("nccl")
+    parallel_state.initialize_model_parallel()
+    config = Model(kind="grouped").config()
+    config.use_cpu_initialization = False
+    weights = [
+        TEColumnParallelLinear(
+            8,
+            8,
+            config=config,
+            init_method=torch.nn.init.normal_,
+            gather_output=False,
+            is_expert=is_expert,
+            bias=False,
+            skip_bias_add=False,
+        ).weight
+        for is_expert in (False, False, True)
+    ]
+    grouped = TEColumnParallelGroupedLinear(
+        2,
+        8,
+        8,
+        config=config,
+        init_method=torch.nn.init.normal_,
+        bias=False,
+        skip_bias_add=False,
+        is_expert=True,
+    )
+    weights += [grouped.weight0[:8], grouped.weight1[:8]]
+    assert len({tuple(weight.flatten().tolist()) for weight in weights}) == 5
+    assert not get_cuda_rng_tracker().is_initialized()

@@ -11,6 +11,7 @@ import io
 import json
 import multiprocessing
 import os
+import sys
 import tempfile
 import traceback
 import warnings
@@ -167,6 +168,12 @@ def _jit_fuser() -> bool:
     return hasattr(jit_fuser(lambda x: x), "_torchdynamo_orig_callable")
 
 
+def _triton() -> bool:
+    sys.modules["triton"] = None  # type: ignore[assignment]
+    kernels = "megatron.core.transformer.custom_layers.batch_invariant_kernels"
+    return _raises(lambda: importlib.import_module(kernels))
+
+
 def _groups_left_behind() -> bool:
     state = importlib.import_module("megatron.core.parallel_state")
     dist.init_process_group("gloo")
@@ -224,7 +231,12 @@ def _helpers() -> bool:
 
 def _te_layers() -> bool:
     te = importlib.import_module("megatron.core.extensions.transformer_engine")
-    return not isinstance(te.TELinear, type) and te.TEGroupedLinear is None
+    bert: Any = importlib.import_module("megatron.core.models.bert.bert_layer_specs")
+    return (
+        not isinstance(te.TELinear, type)
+        and te.TEGroupedLinear is None
+        and _raises(bert.get_bert_layer_with_transformer_engine_spec)
+    )
 
 
 def _on_two_ranks(probe: Callable[[], bool]) -> Callable[[], bool]:
@@ -254,6 +266,7 @@ PROBES: dict[str, Callable[[], bool]] = {
     "torch.distributed.reduce_scatter_tensor": _on_two_ranks(_stacked_input),
     "torch.distributed.all_gather": _on_two_ranks(_uneven),
     "megatron.core.jit.jit_fuser": _jit_fuser,
+    "megatron.core.transformer.custom_layers.batch_invariant_kernels.triton": _triton,
     "megatron.core.parallel_state.destroy_model_parallel": _on_two_ranks(_groups_left_behind),
     "megatron.core.tensor_parallel.random.CudaRNGStatesTracker.fork": _tracker_fork,
     "megatron.core.tensor_parallel.random.CheckpointWithoutOutput.__init__": (

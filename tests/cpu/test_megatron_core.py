@@ -20,6 +20,18 @@ def test_a_missing_transformer_engine_meets_no_minimum_version() -> None:
 
 
 @on_ranks(1)
+def test_what_megatron_training_imports_can_be_imported_without_triton() -> None:
+    import importlib.util
+    import sys
+
+    kernels = importlib.import_module(
+        "megatron.core.transformer.custom_layers.batch_invariant_kernels"
+    )
+    assert callable(kernels.enable_batch_invariant_mode)
+    assert importlib.util.find_spec("triton") is not None or "triton" not in sys.modules
+
+
+@on_ranks(1)
 def test_the_wheels_compiled_dataset_helper_is_used() -> None:
     import numpy as np
     from megatron.core.datasets.utils import compile_helpers

@@ -14,6 +14,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from mcore_lab.backends.experts import Offset, reduce_as_experts
 from mcore_lab.backends.grouped_linear import GroupedLinear, grouped_product, per_token
 from mcore_lab.backends.transformer_engine.refusals import check_supported
+from mcore_lab.backends.transformer_engine.unseeded import draws_unseeded
 
 
 class TEGroupedLinear(GroupedLinear):
@@ -44,18 +45,19 @@ class TEGroupedLinear(GroupedLinear):
         if pg_collection is None:
             pg_collection = ProcessGroupCollection.use_mpu_process_groups()
         is_column = parallel_mode == "column"
-        super().__init__(
-            num_gemms,
-            input_size,
-            output_size,
-            config=config,
-            init_method=init_method,
-            bias=bias,
-            skip_bias_add=skip_bias_add,
-            pg_collection=pg_collection,
-            partition_dim=0 if is_column else 1,
-            stride=2 if is_column and config.gated_linear_unit else 1,
-        )
+        with draws_unseeded():
+            super().__init__(
+                num_gemms,
+                input_size,
+                output_size,
+                config=config,
+                init_method=init_method,
+                bias=bias,
+                skip_bias_add=skip_bias_add,
+                pg_collection=pg_collection,
+                partition_dim=0 if is_column else 1,
+                stride=2 if is_column and config.gated_linear_unit else 1,
+            )
         self.num_gemms, self.use_bias, self.dp_group = num_gemms, bias, pg_collection.expt_dp
         self._take_apart()
         reduce_as_experts(self)

@@ -22,6 +22,7 @@ from mcore_lab.backends.transformer_engine.norm import (
     normalize,
 )
 from mcore_lab.backends.transformer_engine.refusals import check_supported
+from mcore_lab.backends.transformer_engine.unseeded import draws_unseeded
 
 
 class TELinear(torch.nn.Module):
@@ -69,7 +70,8 @@ class TELinear(torch.nn.Module):
         if on_cpu:
             init_method(self.weight)
             return
-        with get_cuda_rng_tracker().fork(get_data_parallel_rng_tracker_name()):
+        name = get_data_parallel_rng_tracker_name()
+        with draws_unseeded(), get_cuda_rng_tracker().fork(name):
             init_method(self.weight)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -105,7 +107,8 @@ class TEColumnParallelLinear(ColumnParallelLinear):
         _refuse(
             gather_output=gather_output, skip_weight_param_allocation=skip_weight_param_allocation
         )
-        super().__init__(*sizes, config=config, is_expert=is_expert, **arguments)
+        with draws_unseeded():
+            super().__init__(*sizes, config=config, is_expert=is_expert, **arguments)
         if is_expert:
             _leave_to_dispatcher(self)
 
@@ -157,9 +160,10 @@ class TERowParallelLinear(RowParallelLinear):
     ) -> None:
         check_supported(config)
         _refuse(input_is_not_parallel=not input_is_parallel)
-        super().__init__(
-            *sizes, config=config, input_is_parallel=True, is_expert=is_expert, **arguments
-        )
+        with draws_unseeded():
+            super().__init__(
+                *sizes, config=config, input_is_parallel=True, is_expert=is_expert, **arguments
+            )
         if is_expert:
             _leave_to_dispatcher(self)
 
