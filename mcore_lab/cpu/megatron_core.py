@@ -23,16 +23,20 @@ from mcore_lab.cpu.replace import replace
 _MODULES = (
     "megatron.core.models.gpt.gpt_model",
     "megatron.core.models.gpt.gpt_layer_specs",
+    "megatron.core.models.bert.bert_layer_specs",
+    "megatron.core.models.T5.t5_spec",
     "megatron.core.distributed",
     "megatron.core.optimizer",
     "megatron.core.optimizer_param_scheduler",
     "megatron.core.pipeline_parallel",
-    "megatron.core.dist_checkpointing",
+    "megatron.core.dist_checkpointing.strategies.torch",
     "megatron.core.datasets.gpt_dataset",
     "megatron.core.datasets.blended_megatron_dataset_builder",
     "megatron.core.tokenizers.text",
-    # What stands in for Transformer Engine where it is missing.
+    # What every rank needs of this project's.
+    "mcore_lab.backends.torch_backend",
     "mcore_lab.backends.transformer_engine",
+    "mcore_lab.cpu.ledger",
     # Every optimizer imports it when it is made.
     "torch._dynamo",
 )
