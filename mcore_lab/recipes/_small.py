@@ -9,7 +9,13 @@ from mcore_lab.config import Data, Model, Training
 NO_DROPOUT = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
 """Layouts draw dropout differently: without it their losses can be compared."""
 
-DATA = Data(sequence_length=64, micro_batch_size=1, global_batch_size=8)
+DATA = Data(
+    sequence_length=64,
+    micro_batch_size=1,
+    global_batch_size=8,
+    # Every rank shuffles all samples that the documents hold: a second for Megatron-Core's own.
+    mock_document_length=256,
+)
 TRAINING = Training(steps=20, lr=2e-3)
 
 
