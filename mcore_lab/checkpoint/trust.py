@@ -62,9 +62,11 @@ _EXTRA_STATE = re.compile(
     r"|torch\.(_utils\._rebuild_tensor_v2|_tensor\._rebuild_from_type_v2)"
     r"|transformer_engine\.common\.recipe\.(\w+Scaling|Format|_FormatHelper|MMParams|QParams)"
     r"|megatron\.core\.extensions\.transformer_engine\.TEDelayedScaling"
+    r"|megatron\.core\.safe_globals\.safe_load_from_bytes"
 )
 """What Transformer Engine's scaling factors and recipes are made of; as in Megatron-Core 0.19's
-`safe_globals.SafeUnpickler`. `_load_from_bytes` is `torch.load`, which is to be held to weights."""
+`safe_globals.SafeUnpickler`. `_load_from_bytes` is `torch.load`, which is to be held to weights;
+0.19 puts its own, which is, in the place of it."""
 
 
 class Record:
