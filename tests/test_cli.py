@@ -221,7 +221,7 @@ def test_what_a_run_wrote_is_the_recipe_it_ran(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["chek"], "no command chek; did you mean check?"),
+        (["chek"], "no command chek; did you mean check or checkpoint?"),
         (["xyzzy"], f"no command xyzzy; there is {', '.join(cli.COMMANDS)}"),
         (["check", "tp2_gtp"], "no recipe tp2_gtp; did you mean tp2_gpt"),
         (["check", "no.toml"], "no.toml: No such file or directory"),

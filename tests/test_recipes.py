@@ -114,7 +114,8 @@ def test_fresh_starts_anew_and_tells_of_each_step_in_a_line(folder: Path) -> Non
     assert [line.partition("  ")[0] for line in said[3:5]] == ["step 1/2", "step 2/2"]
     assert said[5:] == ["checkpoint runs/tp2_gpt/checkpoints/step-00000002"]
     checkpoints = folder / "runs" / "tp2_gpt" / "checkpoints"
-    assert [path.name for path in checkpoints.iterdir()] == ["step-00000002"]
+    names = sorted(path.name for path in checkpoints.iterdir())
+    assert names == ["latest_checkpointed_iteration.txt", "step-00000002"]
     assert [line["step"] for line in metrics(folder / "runs" / "tp2_gpt")] == [1, 2]
 
 

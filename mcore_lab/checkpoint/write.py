@@ -120,7 +120,8 @@ class _Hashed(io.RawIOBase):
             if not self._failure:
                 self._file.write(data)
         except OSError as error:
-            self._failure = error
+            # Without its traceback, whose frames would keep `data`: memory that the writer frees.
+            self._failure = OSError(error.errno, error.strerror)
         return size
 
     def check(self) -> None:

@@ -63,7 +63,7 @@ def _legend() -> list[str]:
     for status, colour in _COLOURS.items():
         parts.append(f'<rect x="{x}" y="38" width="{_SQUARE}" height="12" rx="2" fill="{colour}"/>')
         parts.append(_text(x + _SQUARE + 5, 48, _WORDS[status]))
-        x += _SQUARE + 30 + 6 * len(_WORDS[status])
+        x += _SQUARE + 30 + 7 * len(_WORDS[status])
     return parts
 
 
