@@ -6,12 +6,12 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from disks import small_disk
 from small_runs import SMALL, changed, losses, run
 
 from mcore_lab.checkpoint.integrity import differences
@@ -42,20 +42,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def steps_saved(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "checkpoints").iterdir() if path.is_dir())
-
-
-@contextmanager
-def small_disk(folder: Path, size: str) -> Iterator[Path]:
-    folder.mkdir(parents=True, exist_ok=True)
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-    try:
-        subprocess.run(mount, check=True, capture_output=True, timeout=30)
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"a small disk cannot be made here: {error}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True, timeout=30)
 
 
 def fill(disk: Path) -> None:

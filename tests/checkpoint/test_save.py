@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import resource
 import signal
-import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from disks import small_disk
 from small_runs import SMALL, changed, losses, run
 
 from mcore_lab.config import Recipe, RunArguments
@@ -156,20 +154,6 @@ def test_a_shard_that_cannot_be_written_is_an_error_with_the_reason_and_leaves_n
     assert any(reason in message for reason in reasons)
     assert "\n" not in message
     assert steps_saved(tmp_path / "run") == []
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path, size: str) -> Iterator[Path]:
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-    try:
-        subprocess.run(mount, check=True, capture_output=True, timeout=30)
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"a small disk cannot be made here: {error}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True, timeout=30)
 
 
 def test_a_disk_without_room_is_found_before_anything_is_written(tmp_path: Path) -> None:
