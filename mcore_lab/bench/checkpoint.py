@@ -92,6 +92,7 @@ class _SavingRecorder(Recorder):
             self.saves.append(_seconds(save))
             self.loads.append(_seconds(partial(load_checkpoint, folder, *run)))
         self.size = sum(file.stat().st_size for file in files_in(folder).values())
+        dist.barrier()  # The checkpoints are gone when rank 0 has ended.
 
 
 def _seconds(body: Callable[[], object]) -> float:
