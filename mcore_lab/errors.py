@@ -45,6 +45,19 @@ class RankFailedError(LabError):
     exit_code = 1
 
 
+class NotFiniteError(LabError):
+    """A loss or a gradient that no step can be taken with."""
+
+    exit_code = 1
+
+
+class PreemptedError(LabError):
+    """A run that a signal has stopped after a step; the exit status asks to be started again."""
+
+    exit_code = 75
+    """sysexits.h: a temporary failure, to be tried again."""
+
+
 def nearest(name: str, known: Iterable[str], limit: int = 3) -> str:
     """Return `; did you mean …?` with the known names nearest to `name`, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=limit, cutoff=0.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,22 @@ def run(
     recipe: Recipe, nproc: int, folder: Path, *, fresh: bool = False, timeout: float = 120
 ) -> list[dict[str, Any]]:
     """Run the recipe and return the lines of its `metrics.jsonl`."""
+    return launched_run(run_rank, recipe, nproc, folder, fresh=fresh, timeout=timeout)
+
+
+def launched_run(
+    rank: Callable[[RunArguments], Any],
+    recipe: Recipe,
+    nproc: int,
+    folder: Path,
+    *,
+    fresh: bool = False,
+    timeout: float = 120,
+) -> list[dict[str, Any]]:
+    """Run the recipe by what each rank does with its arguments; return what `run` does."""
     arguments = RunArguments(recipe=recipe, run_dir=folder, fresh=fresh, json=True)
     require_startable(arguments, nproc)
-    launch(run_rank, nproc, arguments, timeout=timeout, device=choose_device(nproc).type)
+    launch(rank, nproc, arguments, timeout=timeout, device=choose_device(nproc).type)
     return RunFolder(folder).metrics()
 
 

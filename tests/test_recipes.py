@@ -292,17 +292,24 @@ def test_a_rank_that_is_killed_ends_the_run_within_ten_seconds_and_is_named(tmp_
     assert said.startswith("error: rank ") and said.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    ("number", "expected", "message"),
-    [(signal.SIGINT, 130, "error: interrupted\n"), (signal.SIGTERM, 143, "")],
-)
-def test_ctrl_c_and_a_request_to_end_leave_no_rank_and_no_traceback(
-    tmp_path: Path, number: int, expected: int, message: str
+def test_ctrl_c_leaves_no_rank_and_no_traceback(tmp_path: Path) -> None:
+    with running(tmp_path) as (process, ranks):
+        # A terminal sends it to all of them.
+        os.killpg(process.pid, signal.SIGINT)
+        assert end_of(process, ranks) == (130, "error: interrupted\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_request_to_end_saves_after_the_step_and_says_how_to_go_on(
+    tmp_path: Path, number: int
 ) -> None:
     with running(tmp_path) as (process, ranks):
-        if number == signal.SIGINT:
-            # A terminal sends it to all of them.
-            os.killpg(process.pid, number)
-        else:
-            process.send_signal(number)
-        assert end_of(process, ranks) == (expected, message)
+        process.send_signal(number)
+        status, said = end_of(process, ranks)
+    assert status == 75
+    (checkpoint,) = (tmp_path / "runs" / "tp2_gpt" / "checkpoints").glob("step-*")
+    step = int(checkpoint.name.removeprefix("step-"))
+    assert said == (
+        f"error: a signal stopped the run after step {step}, with the checkpoint "
+        f"{checkpoint.relative_to(tmp_path)}: --training.resume auto goes on from it\n"
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,17 +36,6 @@ def failures_explained(verb: str, path: Path) -> Iterator[None]:
         if lost_a_peer(error):
             raise
         raise CheckpointError(f"cannot {verb} the checkpoint {path}: {_reason(error)}") from error
-
-
-@contextmanager
-def failures_missed(allowed: bool, tell: Callable[[CheckpointError], None]) -> Iterator[None]:
-    """Tell that the body cannot write a checkpoint, on every rank, where that is allowed."""
-    try:
-        yield
-    except CheckpointError as error:
-        if not allowed:
-            raise
-        tell(error)
 
 
 def _reason(error: BaseException) -> str:

@@ -28,11 +28,11 @@ from mcore_lab.checkpoint.state import (
     model_keys,
     model_state,
     optimizer_state,
-    unwrapped,
 )
 from mcore_lab.checkpoint.trust import require_harmless, weights_only
 from mcore_lab.errors import CheckpointError
 from mcore_lab.runtime.together import fail_together
+from mcore_lab.runtime.wrappers import unwrapped
 
 Shape = tuple[int, ...]
 _SHOWN = 3

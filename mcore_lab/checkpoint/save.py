@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import platform
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ from mcore_lab.checkpoint.failures import failures_explained
 from mcore_lab.checkpoint.folders import hidden
 from mcore_lab.checkpoint.manifest import MANIFEST, FileRecord, Manifest, files_in, record
 from mcore_lab.checkpoint.state import Progress, content_metadata, full_state
-from mcore_lab.checkpoint.write import Written, finish, plan, write_shards
+from mcore_lab.checkpoint.write import Plan, Written, buckets_of, finish, plan, write_shards
 from mcore_lab.errors import CheckpointError
 from mcore_lab.runtime.together import fail_together
 
@@ -50,40 +52,101 @@ def save_checkpoint(
     beside it are removed. Raises CheckpointError, on every rank, where it cannot be written, and
     leaves nothing of it.
     """
+    begun = begin_save(folder, chunks, optimizer, scheduler, progress, recipe, keep=keep)
+    return begun.finish()
+
+
+def begin_save(
+    folder: Path,
+    chunks: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+    progress: Progress,
+    recipe: str,
+    *,
+    keep: int | None = None,
+    in_background: bool = False,
+) -> Save:
+    """Begin a `save_checkpoint`; what it returns ends it. Every rank calls this.
+
+    With `in_background` the state is copied, and written while the ranks go on.
+    """
     state = full_state(chunks, optimizer, scheduler, progress, recipe)
-    step = progress.step
-    with _published(folder, step, _bytes_of_all_ranks(state)) as unfinished:
+    unfinished = hidden(folder, "unfinished")
+    size = _bytes_of_all_ranks(state)
+    with fail_together(), failures_explained("write", folder):
+        if dist.get_rank() == 0:
+            publication.make_room(unfinished, size)
+    with _removed_on_failure(unfinished):
         with _same_reason_on_every_rank(), failures_explained("write", folder):
             planned = plan(state, unfinished, content_metadata(chunks))
         with fail_together(), failures_explained("write", folder):
-            written = write_shards(planned)
-        of_ranks = _on_rank_0(written)
-        with fail_together(), failures_explained("write", folder):
-            if of_ranks:
-                finish(planned, unfinished, of_ranks)
-                _write_manifest(unfinished, step, of_ranks)
-    with fail_together():
-        if keep and dist.get_rank() == 0:
-            publication.prune(folder.parent, keep, latest=step)
-    return folder
+            buckets = buckets_of(planned, apart=in_background)
+    write = partial(write_shards, planned, buckets)
+    return Save(folder, progress.step, planned, _begun(write) if in_background else write, keep)
+
+
+class Save:
+    """A checkpoint on its way: each rank writes its part, then all of them publish the whole."""
+
+    def __init__(
+        self,
+        folder: Path,
+        step: int,
+        planned: Plan,
+        write: Callable[[], Written] | Future[Written],
+        keep: int | None,
+    ) -> None:
+        self.folder, self.step = folder, step
+        self._planned, self._write, self._keep = planned, write, keep
+
+    @property
+    def is_written(self) -> bool:
+        """Whether this rank's part is, so that `finish` waits for the other ranks' alone."""
+        return isinstance(self._write, Future) and self._write.done()
+
+    def finish(self) -> Path:
+        """Publish the checkpoint when every rank has written its part; every rank calls this.
+
+        Returns its folder. Raises CheckpointError as `save_checkpoint` does.
+        """
+        folder, write = self.folder, self._write
+        unfinished = hidden(folder, "unfinished")
+        is_first = dist.get_rank() == 0
+        with _removed_on_failure(unfinished):
+            with fail_together(), failures_explained("write", folder):
+                written = write.result() if isinstance(write, Future) else write()
+            of_ranks = _on_rank_0(written)
+            with fail_together(), failures_explained("write", folder):
+                if is_first:
+                    finish(self._planned, unfinished, of_ranks)
+                    _write_manifest(unfinished, self.step, of_ranks)
+            with fail_together(), failures_explained("write", folder):
+                if is_first:
+                    publication.publish(unfinished, folder, self.step)
+        with fail_together():
+            if self._keep and is_first:
+                publication.prune(folder.parent, self._keep, latest=self.step)
+        return folder
+
+
+def _begun(write: Callable[[], Written]) -> Future[Written]:
+    """Let a thread of its own write."""
+    with_one_thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+    begun = with_one_thread.submit(write)
+    with_one_thread.shutdown(wait=False)
+    return begun
 
 
 @contextmanager
-def _published(folder: Path, step: int, size: int) -> Iterator[Path]:
-    """Give a folder to write to, which takes the place of `folder` if the body succeeds."""
-    unfinished = hidden(folder, "unfinished")
-    is_first = dist.get_rank() == 0
-    with fail_together(), failures_explained("write", folder):
-        if is_first:
-            publication.make_room(unfinished, size)
+def _removed_on_failure(unfinished: Path) -> Iterator[None]:
+    """Leave nothing of a checkpoint that could not be written."""
     try:
-        yield unfinished
-        with fail_together(), failures_explained("write", folder):
-            if is_first:
-                publication.publish(unfinished, folder, step)
-    finally:
-        if is_first:
+        yield
+    except BaseException:
+        if dist.get_rank() == 0:
             shutil.rmtree(unfinished, ignore_errors=True)
+        raise
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from mcore_lab.checkpoint.buckets import found_in_buckets
 from mcore_lab.checkpoint.random_state import random_state, rank_sizes
+from mcore_lab.runtime.wrappers import unwrapped
 
 
 class Progress(NamedTuple):
@@ -30,13 +31,6 @@ class Progress(NamedTuple):
 def model_keys(chunks: Sequence[torch.nn.Module]) -> list[str]:
     """Return the state dict's key of each model chunk: `model`, or `model0`, `model1`, …"""
     return ["model"] if len(chunks) == 1 else [f"model{stage}" for stage in range(len(chunks))]
-
-
-def unwrapped(chunk: torch.nn.Module) -> Any:
-    """Return the Megatron-Core model inside its wrappers (DDP, `Float16Module`)."""
-    while hasattr(chunk, "module"):
-        chunk = chunk.module  # type: ignore[assignment]
-    return chunk
 
 
 def content_metadata(chunks: Sequence[Any]) -> dict[str, Any]:

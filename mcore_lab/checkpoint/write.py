@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
@@ -77,12 +78,33 @@ def plan(state: dict[str, Any], folder: Path, content_metadata: dict[str, Any]) 
     return planned
 
 
-def write_shards(planned: Plan) -> Written:
-    """Write this rank's shards, each on disk when it is done. Holds no collective."""
+def buckets_of(planned: Plan, *, apart: bool) -> list[Any]:
+    """Return what each file of this rank holds, in memory of the CPU.
+
+    With `apart` it stays as it is now, whatever becomes of the tensors.
+    """
+    writer = planned.writer
     for failure in planned.failures:
         raise failure
-    writer = planned.writer
     buckets = writer.preload_tensors(writer.write_buckets, non_blocking=False)
+    if not apart:
+        return list(buckets)
+    sources = (tensor for _, _, (_, tensors) in writer.write_buckets for _, tensor in tensors)
+    pointers = {tensor.data_ptr() for tensor in sources}
+    return [
+        (path, name, (objects, [(item, _apart(tensor, pointers)) for item, tensor in tensors]))
+        for path, name, (objects, tensors) in buckets
+    ]
+
+
+def _apart(tensor: torch.Tensor, pointers: set[int]) -> torch.Tensor:
+    """Return the tensor, or a copy if it is one of those that it was taken from."""
+    return tensor.clone() if tensor.data_ptr() in pointers else tensor
+
+
+def write_shards(planned: Plan, buckets: list[Any]) -> Written:
+    """Write this rank's shards, each on disk when it is done. Holds no collective."""
+    writer = planned.writer
     transforms = [writer.transforms] if hasattr(writer, "transforms") else []
     with ThreadPoolExecutor(_THREADS) as pool:
         done = list(pool.map(partial(_write_shard, transforms), buckets))

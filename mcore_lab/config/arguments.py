@@ -48,6 +48,8 @@ class RunArguments:
     json: bool = False
     nproc: int | None = None
     """Ranks on this machine; None if it was not given, and under torchrun."""
+    launch: str = ""
+    """Names the launch, so that a restart of it knows what is its own in the run folder."""
     own: Mapping[str, Any] = field(default_factory=dict)
     """What a command of its own adds to these: the fields that its settings have beside them."""
 

@@ -24,6 +24,10 @@ Any field of Megatron-Core's TransformerConfig can be set: --model.transformer.F
 OptimizerConfig: --training.ddp.FIELD, --training.optimizer.FIELD."""
 
 
+_ALIASES = {"checkpoint": {"async_save": ("--checkpoint.async",)}}
+"""Names of options that no field can have: `async` is a word of Python's own."""
+
+
 class Words(list[str]):
     """The words that follow an option, not yet read."""
 
@@ -71,7 +75,8 @@ def _options_class(default: Recipe, settings: type, words: Sequence[str]) -> typ
             for table in TABLES
             if table.startswith(f"{name}.")
         }
-        options = _part_class(part, getattr(default, name), short if name == "layout" else {}, own)
+        aliases = short if name == "layout" else _ALIASES.get(name, {})
+        options = _part_class(part, getattr(default, name), aliases, own)
         groups.append((name, options, field(metadata={"help": part.__doc__})))
     base = _part_class(settings, settings(), {}, {})
     return make_dataclass("Options", groups, bases=(base,), frozen=True, kw_only=True)
@@ -172,6 +177,10 @@ def known_options(settings: type) -> dict[str, Any]:
         known |= {f"{section}.{name}": field_types(part)[name] for name in field_types(part)}
     for short, name in SHORT_NAMES.items():
         known |= dict.fromkeys((short, f"layout.{short}"), known[f"layout.{name}"])
+    for section, names in _ALIASES.items():
+        for name, aliases in names.items():
+            for alias in aliases:
+                known[alias.removeprefix("--")] = known[f"{section}.{name}"]
     for table in TABLES:
         del known[table]
     return {"--" + name.replace("_", "-"): annotation for name, annotation in known.items()}

@@ -128,6 +128,9 @@ class Training:
     """Samples of a validation."""
     resume: str = "none"
     """Go on from a checkpoint, its optimizer and step: none, auto (the folder's last) or a path."""
+    on_not_finite: Literal["stop", "skip"] = "stop"
+    """What a loss or a gradient that is not finite does: stop the run before the step that it would
+    spoil, or skip that step and go on."""
 
     ddp: Mapping[str, Any] = field(default_factory=dict)
     """Any field of the installed Megatron-Core's `DistributedDataParallelConfig`, by name."""
@@ -154,13 +157,15 @@ class Checkpoint:
     on_failure: Literal["stop", "continue"] = "stop"
     """What a checkpoint that cannot be written does to the run; after the last step it is an error
     either way."""
+    async_save: bool = False
+    """Write checkpoints while the run goes on, from a copy of its state; one at a time."""
     verify: Literal["on", "off"] = "on"
     """Hold a checkpoint's files against their hashes before anything is loaded."""
 
-    def saves_after(self, step: int, last: int) -> bool:
-        """Say whether a checkpoint is written after this step."""
+    def saves_after(self, step: int, last: int, *, stops: bool = False) -> bool:
+        """Say whether a checkpoint is written after this step, at which the run `stops` or not."""
         every = self.save_every is not None and step % self.save_every == 0
-        return self.save and (every or step == last)
+        return self.save and (every or stops or step == last)
 
     def can_miss(self, step: int, last: int) -> bool:
         """Say whether the run goes on if its checkpoint after this step cannot be written."""

@@ -6,13 +6,17 @@ import importlib
 import sys
 from typing import Any
 
+import torch
+
 _TRANSFORMER_ENGINE = "megatron.core.extensions.transformer_engine"
 _SPECS = (
     "megatron.core.models.gpt.gpt_layer_specs",
     "megatron.core.transformer.multi_token_prediction",
     "megatron.core.models.bert.bert_layer_specs",
     "megatron.core.models.T5.t5_spec",
+    "megatron.core.models.gpt.heterogeneous.heterogeneous_layer_specs",
 )
+_VISION = "megatron.core.models.vision.clip_vit_model"
 
 
 def name_stand_ins() -> None:
@@ -43,3 +47,16 @@ def name_stand_ins() -> None:
     block.LayerNormImpl = STAND_INS["TENorm"]
     moe_layer: Any = importlib.import_module("megatron.core.transformer.moe.moe_layer")
     moe_layer.HAVE_TE, moe_layer.TELinear = True, STAND_INS["TELinear"]
+    _norm_vision_models()
+
+
+def _norm_vision_models() -> None:
+    """They fall back on torch's LayerNorm, which does not take the arguments they give it."""
+    from mcore_lab.backends.transformer_engine import TENorm
+
+    vision: Any = importlib.import_module(_VISION)
+    vision.NORM_IMPL = TENorm
+    init = vision.CLIPViTModel.__init__
+    init.__defaults__ = tuple(
+        TENorm if default is torch.nn.LayerNorm else default for default in init.__defaults__
+    )

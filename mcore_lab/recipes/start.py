@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
+import socket
+import sys
+import uuid
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +23,7 @@ from mcore_lab.config import (
     recipe_to_toml,
 )
 from mcore_lab.data import text_files
-from mcore_lab.errors import LabError
+from mcore_lab.errors import LabError, RankFailedError
 from mcore_lab.recipes import layers, load_recipe, shown_layer
 from mcore_lab.report.tables import print_table
 from mcore_lab.training import RunFolder
@@ -30,12 +34,14 @@ if TYPE_CHECKING:
     from mcore_lab.training.recorder import Summary
 
 
-def launch_recipe(arguments: RunArguments, nproc: int) -> dict[str, Any]:
+def launch_recipe(arguments: RunArguments, nproc: int, max_restarts: int = 0) -> dict[str, Any]:
     """Run a recipe on `nproc` ranks of this machine and return how it ended.
 
-    On this machine's GPUs if there is one a rank, else on CPU. Raises LabError with what is wrong,
+    On this machine's GPUs if there is one a rank, else on CPU. When a rank fails, all of them start
+    again from the last checkpoint, up to `max_restarts` times. Raises LabError with what is wrong,
     before any process starts where that can be known.
     """
+    arguments = dataclasses.replace(arguments, launch=uuid.uuid4().hex)
     require_startable(arguments, nproc)
     # A thread that waits for one whose core another program has taken would burn its own; OpenMP
     # reads this when torch is imported.
@@ -43,7 +49,35 @@ def launch_recipe(arguments: RunArguments, nproc: int) -> dict[str, Any]:
     from mcore_lab.runtime import choose_device, launch
 
     device = choose_device(nproc).type
-    return dataclasses.asdict(launch(run_rank, nproc, arguments, device=device)[0])
+    for restart in itertools.count(1):
+        try:
+            return dataclasses.asdict(launch(run_rank, nproc, arguments, device=device)[0])
+        except RankFailedError as error:
+            if restart > max_restarts:
+                raise
+            arguments = restarted(arguments)
+            start = starting_point(
+                arguments.recipe.checkpoint.load,
+                arguments.recipe.training.resume,
+                RunFolder(arguments.run_dir).checkpoints,
+            )
+            where = f"from {start.path}" if start else "from the beginning"
+            what, _, _ = str(error).partition("\n")
+            print(f"{what}: restart {restart} of {max_restarts}, {where}", file=sys.stderr)
+    raise AssertionError("a launch ends, or its restarts do")
+
+
+def restarted(arguments: RunArguments) -> RunArguments:
+    """Return what a restart of this launch runs: the rest of what it had begun."""
+    folder = RunFolder(arguments.run_dir)
+    recipe = arguments.recipe
+    if not folder.was_begun_by(arguments.launch):
+        return arguments
+    if folder.has_saved:
+        training = dataclasses.replace(recipe.training, resume="auto")
+        recipe = dataclasses.replace(recipe, training=training)
+        return dataclasses.replace(arguments, recipe=recipe, fresh=False)
+    return dataclasses.replace(arguments, fresh=recipe.training.resume == "none")
 
 
 def require_startable(arguments: RunArguments, world_size: int) -> None:
@@ -67,9 +101,11 @@ def run_rank(arguments: RunArguments) -> Summary | LayerReport:
     from mcore_lab.runtime import RankLog, process_group
     from mcore_lab.training.console import Console
     from mcore_lab.training.recorder import Recorder
+    from mcore_lab.training.stop import stop_on_signals
 
     recipe = arguments.recipe
     with (
+        stop_on_signals() as stop,
         RankLog(int(os.environ.get("RANK", "0"))) as log,
         process_group() as world,
         Console(speaks=world.is_first and not arguments.json) as console,
@@ -90,8 +126,9 @@ def run_rank(arguments: RunArguments) -> Summary | LayerReport:
             console,
             recipe_toml=recipe_to_toml(recipe, base=load_recipe(recipe.name)),
             fresh=arguments.fresh,
+            launch=arguments.launch,
         )
-        return train(recipe, world, recorder)
+        return train(recipe, world, recorder, stop=stop)
 
 
 def _readable(value: object) -> object:
@@ -100,11 +137,20 @@ def _readable(value: object) -> object:
 
 def main(recipe: Recipe) -> None:
     """Run a recipe's module: under torchrun as one of its ranks, else as the only one."""
-    arguments = parse_recipe_or_exit(recipe)
+    arguments = dataclasses.replace(parse_recipe_or_exit(recipe), launch=_torchrun_launch())
     try:
+        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+            arguments = restarted(arguments)
         require_startable(arguments, int(os.environ.get("WORLD_SIZE", "1")))
         summary = run_rank(arguments)
     except LabError as error:
         exit_with(error)
     if arguments.json and is_rank_0():
         print(json.dumps(dataclasses.asdict(summary)))
+
+
+def _torchrun_launch() -> str:
+    """Return what all ranks that one torchrun has started have alike, and no others."""
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    # Without a rendezvous of its own, torchrun is this process's parent on the only machine.
+    return run_id if run_id != "none" else f"{socket.gethostname()}-{os.getppid()}"

@@ -5,8 +5,10 @@ Read `train` from top to bottom: what has Megatron-Core's name is Megatron-Core'
 
 from __future__ import annotations
 
+import math
 import random
 import time
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,11 +18,10 @@ from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from mcore_lab.backends import choose_backend
-from mcore_lab.checkpoint import starting_point, step_folder
-from mcore_lab.checkpoint.failures import failures_missed
+from mcore_lab.checkpoint import starting_point
 from mcore_lab.checkpoint.load import load_checkpoint, load_weights
 from mcore_lab.checkpoint.publication import clean_up
-from mcore_lab.checkpoint.save import save_checkpoint
+from mcore_lab.checkpoint.saver import Saver
 from mcore_lab.checkpoint.state import Progress
 from mcore_lab.config import Recipe, recipe_to_toml
 from mcore_lab.data.batches import global_batches
@@ -35,10 +36,13 @@ from mcore_lab.model import (
 )
 from mcore_lab.runtime import World
 from mcore_lab.training.evaluate import evaluate
-from mcore_lab.training.forward import ForwardStep, forward_step, mean_loss, mean_mtp_loss
+from mcore_lab.training.forward import ForwardStep, forward_step, mean_mtp_loss
+from mcore_lab.training.not_finite import not_finite_where
 from mcore_lab.training.optimizer import ddp_config, lr_scheduler, optimizer_config
+from mcore_lab.training.outcome import step_outcome
 from mcore_lab.training.overlap import overlap_communication, whole_parameters
 from mcore_lab.training.recorder import Recorder, Summary
+from mcore_lab.training.stop import StopRequest
 
 
 def train(
@@ -48,10 +52,12 @@ def train(
     *,
     build: BuildChunk = gpt_chunk,
     forward_step: ForwardStep = forward_step,
+    stop: StopRequest | None = None,
 ) -> Summary:
     """Train `recipe` on this rank of `world`, with all the others, and return how it ended.
 
-    `build` and `forward_step` put another model in the place of the recipe's GPT.
+    `build` and `forward_step` put another model in the place of the recipe's GPT. When `stop` is
+    made on any rank, all of them save after the step that they are in, and raise PreemptedError.
     """
     data, training = recipe.data, recipe.training
 
@@ -97,49 +103,71 @@ def train(
         else:
             progress = load_checkpoint(start.path, model, optimizer, scheduler, verify=verify)
 
-    toml = recipe_to_toml(recipe)
     recorder.begin(recipe, world, backend, progress.step)
     if world.is_first:
         clean_up(checkpoints)
     recorder.look_at_start(model, optimizer, scheduler)
+    saver = Saver(
+        checkpoints,
+        (model, optimizer, scheduler),
+        recipe_to_toml(recipe),
+        keep=recipe.checkpoint.keep,
+        in_background=recipe.checkpoint.async_save,
+        saved=recorder.saved,
+        not_saved=recorder.not_saved,
+    )
     if training.steps == 0 and recipe.checkpoint.save:
         # The initial weights, for runs on other layouts to start from.
-        folder = step_folder(checkpoints, 0)
-        recorder.saved(save_checkpoint(folder, model, optimizer, scheduler, progress, toml))
+        saver.save(progress)
+    microbatches = partial(
+        forward_backward,
+        forward_step_func=forward_step,
+        model=model,
+        num_microbatches=batches.num_microbatches,
+        seq_length=recipe.layout.padded(data.sequence_length),
+        micro_batch_size=data.micro_batch_size,
+    )
     while progress.step < training.steps:
         started = time.perf_counter()
         for chunk in model:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
-        reports = forward_backward(
-            forward_step_func=forward_step,
-            data_iterator=[batches.after(progress.consumed_train_samples) for _ in model],
-            model=model,
-            num_microbatches=batches.num_microbatches,
-            seq_length=recipe.layout.padded(data.sequence_length),
-            micro_batch_size=data.micro_batch_size,
-            forward_only=False,
-        )
-        progress = progress.after_step_of(data.global_batch_size)
-        step = progress.step
-        recorder.look_at_gradients(step, model, reports)
-        _, grad_norm, _ = optimizer.step()
-        loss, lr = mean_loss(reports), optimizer.param_groups[0]["lr"]
-        scheduler.step(increment=1)
+        batch = [batches.after(progress.consumed_train_samples) for _ in model]
+        reports = microbatches(data_iterator=batch, forward_only=False)
+        recorder.look_at_gradients(progress.step + 1, model, reports)
+        asked = stop is not None and stop.is_made
+        outcome = step_outcome(reports, model, stop_asked=asked, is_writing=saver.is_writing)
+        grad_norm, lr = math.nan, optimizer.param_groups[0]["lr"]
+        if outcome.is_finite:
+            _, grad_norm, _ = optimizer.step()
+            scheduler.step(increment=1)
         mtp_loss = mean_mtp_loss(config, batches.num_microbatches)
-        recorder.step(step, loss, grad_norm, lr, time.perf_counter() - started, mtp_loss)
+        seconds = time.perf_counter() - started
+        consumed, progress = progress, progress.after_step_of(data.global_batch_size)
+        step = progress.step
+        recorder.step(step, outcome.loss, grad_norm, lr, seconds, mtp_loss)
+        if not outcome.is_finite:
+            batch = [batches.after(consumed.consumed_train_samples) for _ in model]
+            again = partial(microbatches, data_iterator=batch, forward_only=True)
+            where = not_finite_where(model, outcome.loss, again)
+            if training.on_not_finite == "stop":
+                saver.settle()
+            recorder.not_taken(where, goes_on=training.on_not_finite == "skip")
 
         if datasets.valid and training.evaluates_after(step):
             with whole_parameters(model):
                 loss = evaluate(recipe, datasets.valid, model, forward_backward, forward_step)
             recorder.validation(loss)
-        if recipe.checkpoint.saves_after(step, last=training.steps):
-            folder = step_folder(checkpoints, step)
-            can_miss = recipe.checkpoint.can_miss(step, last=training.steps)
-            with whole_parameters(model), failures_missed(can_miss, recorder.not_saved):
-                keep = recipe.checkpoint.keep
-                save_checkpoint(folder, model, optimizer, scheduler, progress, toml, keep=keep)
-                recorder.saved(folder)
+        if outcome.all_written:
+            saver.settle()
+        if recipe.checkpoint.saves_after(step, training.steps, stops=outcome.must_stop):
+            with whole_parameters(model):
+                can_miss = recipe.checkpoint.can_miss(step, training.steps)
+                saver.save(progress, can_miss=can_miss and not outcome.must_stop)
+        if outcome.must_stop and step < training.steps:
+            saver.settle()
+            recorder.stopped()
+    saver.settle()
     with whole_parameters(model):
         recorder.look_at_end(model, optimizer, scheduler)
     return recorder.summary()

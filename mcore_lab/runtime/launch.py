@@ -31,7 +31,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from mcore_lab import cpu
-from mcore_lab.errors import LabError, RankFailedError
+from mcore_lab.errors import LabError, PreemptedError, RankFailedError
 from mcore_lab.runtime.device import threads_per_rank
 
 T = TypeVar("T")
@@ -78,6 +78,10 @@ def launch(
         except SignalException as error:
             if error.sigval == signal.SIGINT:
                 raise KeyboardInterrupt from None
+            for left in _failures_left(Path(folder)):
+                # What the ranks made of the signal that was passed on to them.
+                if isinstance(left.error, PreemptedError):
+                    raise left.error from None
             raise SystemExit(128 + int(error.sigval)) from None
     return [pickle.loads(results[rank]) for rank in range(nproc)]
 
@@ -122,14 +126,27 @@ def _frozen_garbage() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _own_signals() -> Iterator[None]:
-    """Put back the signal handlers that torch's launcher replaces."""
-    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+    """Pass SIGUSR1 on to the ranks; put back the handlers that torch's launcher replaces.
+
+    Those of torch pass the other signals on.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {number: signal.getsignal(number) for number in (*_SIGNALS, signal.SIGUSR1)}
+    signal.signal(signal.SIGUSR1, _pass_on)
     try:
         yield
     finally:
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _pass_on(number: int, _: object) -> None:
+    for rank in multiprocessing.active_children():
+        if rank.pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(rank.pid, number)
 
 
 @contextlib.contextmanager
@@ -166,7 +183,7 @@ def _rank_main(
     args: tuple[Any, ...],
 ) -> bytes:
     # A rank that is told to end has nothing to save, and in a wait of C++ would not hear of it.
-    for number in _SIGNALS:
+    for number in (*_SIGNALS, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)
     # 0.16 writes checkpoints in processes that the rank forks, which would wait for it for ever.
     end_with_parent()
@@ -226,6 +243,10 @@ def _stacks(folder: Path) -> str:
     return "\n".join(f"{name}:\n{text}" for name, text in texts if text)
 
 
+def _failures_left(folder: Path) -> list[_Failure]:
+    return [pickle.loads(path.read_bytes()) for path in folder.glob("failure-*")]
+
+
 def _first_failure(failures: dict[int, ProcessFailure], folder: Path) -> LabError:
     """Find the failure that brought the others down.
 
@@ -239,8 +260,7 @@ def _first_failure(failures: dict[int, ProcessFailure], folder: Path) -> LabErro
         if failure.exitcode < 0:
             name = signal.Signals(-failure.exitcode).name
             return RankFailedError(f"rank {rank} was killed by {name} (process {failure.pid})")
-    left = [pickle.loads(path.read_bytes()) for path in folder.glob("failure-*")]
-    if left:
+    if left := _failures_left(folder):
         first = min(left, key=lambda failure: failure.seconds)
         return first.error or RankFailedError(f"rank {first.rank} failed:\n{first.text}")
     rank, failure = next(iter(failures.items()))

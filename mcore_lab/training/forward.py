@@ -21,6 +21,9 @@ ForwardStep = Callable[
 ]
 """What `get_forward_backward_func` calls for each micro-batch: see `forward_step`."""
 
+Reports = list[dict[str, torch.Tensor]]
+"""What `get_forward_backward_func` returns: the report of each micro-batch, on the last stage."""
+
 
 def forward_step(
     data_iterator: Iterator[Batch], model: torch.nn.Module
@@ -74,14 +77,19 @@ def token_loss(loss_mask: torch.Tensor, losses: torch.Tensor) -> LossOutput:
     return loss_sum, num_tokens.to(torch.int), {"lm loss": report}
 
 
-def mean_loss(reports: list[dict[str, torch.Tensor]]) -> float:
-    """Return the mean loss a token, in nats, of one step's reports; the same on every rank.
+def loss_and_tokens(reports: Reports) -> torch.Tensor:
+    """Return this rank's part, `[2]`, of a batch's summed loss in nats and of its tokens.
 
     Only the last pipeline stage has any, and its tensor-parallel ranks have the same.
     """
-    total = torch.zeros(2, device=torch.cuda.current_device())
     if reports and parallel_state.get_tensor_model_parallel_rank() == 0:
-        total += torch.stack([report["lm loss"] for report in reports]).sum(dim=0)
+        return torch.stack([report["lm loss"] for report in reports]).sum(dim=0)
+    return torch.zeros(2, device=torch.cuda.current_device())
+
+
+def mean_loss(reports: Reports) -> float:
+    """Return the mean loss a token, in nats, of one batch's reports; the same on every rank."""
+    total = loss_and_tokens(reports)
     dist.all_reduce(total)
     return (total[0] / total[1].clamp(min=1)).item()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from mcore_lab.backends import Backend
 from mcore_lab.config import Recipe
-from mcore_lab.errors import CheckpointError, RankFailedError
+from mcore_lab.errors import CheckpointError, NotFiniteError, PreemptedError
 from mcore_lab.runtime import RankLog, World
 from mcore_lab.runtime.together import fail_together
 from mcore_lab.training.console import Console
@@ -42,11 +41,18 @@ class Recorder:
     """Keeps the run folder and talks to a person."""
 
     def __init__(
-        self, folder: RunFolder, log: RankLog, console: Console, *, recipe_toml: str, fresh: bool
+        self,
+        folder: RunFolder,
+        log: RankLog,
+        console: Console,
+        *,
+        recipe_toml: str,
+        fresh: bool,
+        launch: str = "",
     ) -> None:
         self.folder = folder
         self._log, self._console = log, console
-        self._recipe_toml, self._fresh = recipe_toml, fresh
+        self._recipe_toml, self._fresh, self._launch = recipe_toml, fresh, launch
         self._steps = 0
         self._last: StepMetrics | None = None
         self._valid_loss: float | None = None
@@ -59,7 +65,12 @@ class Recorder:
         self._steps = first_step
         with fail_together():
             if world.is_first:
-                self.folder.begin(self._recipe_toml, fresh=self._fresh, first_step=first_step)
+                self.folder.begin(
+                    self._recipe_toml,
+                    fresh=self._fresh,
+                    first_step=first_step,
+                    launch=self._launch,
+                )
         self._log.write_to(self.folder.logs)
         _LOGGER.info("rank %d of %d, process %d", world.rank, world.size, os.getpid())
         device = world.device
@@ -77,7 +88,7 @@ class Recorder:
         seconds: float,
         mtp_loss: float | None = None,
     ) -> None:
-        """Record a step. Raises RankFailedError, on every rank, if its loss is not finite."""
+        """Record a step; one that was not taken has no norm of its gradient (nan)."""
         self._steps = step
         self._last = StepMetrics(
             step=step,
@@ -92,8 +103,30 @@ class Recorder:
         if self._world.is_first:
             self.folder.record(self._last)
             self._console.step(self._last)
-        if not math.isfinite(loss):
-            raise RankFailedError(f"the loss of step {step} is {loss}; the run stops here")
+
+    def not_taken(self, where: str, *, goes_on: bool) -> None:
+        """Say why the step that was recorded last was not taken.
+
+        Raises NotFiniteError unless the run `goes_on`.
+        """
+        why = f"step {self._steps} is not taken: {where}"
+        _LOGGER.warning("%s", why)
+        if goes_on:
+            self._console.say(f"warning: {why}; the run goes on without it")
+            return
+        last = self._checkpoint or "none of this run"
+        raise NotFiniteError(
+            f"{why}; the run stops here, its last checkpoint is {last} "
+            "(--training.on-not-finite skip goes on without such a step)"
+        )
+
+    def stopped(self) -> None:
+        """Raise PreemptedError, which says how to go on."""
+        if self._checkpoint is None:
+            how = "without a checkpoint, as --checkpoint.save is False"
+        else:
+            how = f"with the checkpoint {self._checkpoint}: --training.resume auto goes on from it"
+        raise PreemptedError(f"a signal stopped the run after step {self._steps}, {how}")
 
     def validation(self, loss: float) -> None:
         """Record the loss on the validation samples after the step that was recorded last."""

@@ -16,14 +16,16 @@ if TYPE_CHECKING:
     from mcore_lab.training.metrics import StepMetrics
 
 _RECIPE, _METRICS, _VALIDATION = "recipe.toml", "metrics.jsonl", "validation.jsonl"
-_CHECKPOINTS, _LOGS = "checkpoints", "logs"
+_CHECKPOINTS, _LOGS, _LAUNCH = "checkpoints", "logs", ".launch"
+_LATEST = f"{_CHECKPOINTS}/latest_checkpointed_iteration.txt"
 _WRITTEN = (
     _RECIPE,
     _METRICS,
     _VALIDATION,
     f"{_CHECKPOINTS}/step-*",
     f"{_CHECKPOINTS}/.step-*",
-    f"{_CHECKPOINTS}/latest_checkpointed_iteration.txt",
+    _LATEST,
+    _LAUNCH,
     f"{_LOGS}/rank-*.log",
 )
 """What a run writes, and all that `--fresh` removes."""
@@ -81,14 +83,34 @@ class RunFolder:
                 "--training.resume auto to go on with it, or --run-dir for another folder"
             )
 
-    def begin(self, recipe_toml: str, *, fresh: bool, first_step: int = 0) -> None:
-        """Make the folder and write down what runs; an earlier run keeps `first_step` steps."""
+    def was_begun_by(self, launch: str) -> bool:
+        """Say whether it was in this launch that a run last began here."""
+        with suppress(OSError):
+            return (self.path / _LAUNCH).read_text(encoding="utf-8") == launch
+        return False
+
+    @property
+    def has_saved(self) -> bool:
+        """Whether a checkpoint was published since a run last began here."""
+        with suppress(OSError):
+            saved, begun = ((self.path / name).stat().st_mtime_ns for name in (_LATEST, _LAUNCH))
+            return saved > begun
+        return False
+
+    def begin(
+        self, recipe_toml: str, *, fresh: bool, first_step: int = 0, launch: str = ""
+    ) -> None:
+        """Make the folder and write down what runs; an earlier run keeps `first_step` steps.
+
+        `launch` is what `was_begun_by` is asked for.
+        """
         with self._writing():
             if fresh and self.holds_a_run:
                 self._remove_run()
             self.path.mkdir(parents=True, exist_ok=True)
             _replace(self.path / _RECIPE, recipe_toml)
             self._drop_after(first_step)
+            _replace(self.path / _LAUNCH, launch)
 
     def record(self, metrics: StepMetrics) -> None:
         """Append a step's line to `metrics.jsonl`."""

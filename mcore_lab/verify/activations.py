@@ -12,8 +12,8 @@ from megatron.core import parallel_state
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from mcore_lab.backends.context_parallel import zigzag_places
-from mcore_lab.checkpoint.state import unwrapped
 from mcore_lab.config import Recipe
+from mcore_lab.runtime.wrappers import unwrapped
 
 _PARTS = ("input_layernorm", "self_attention", "pre_mlp_layernorm", "mlp")
 """What is looked at inside a layer, in forward order; then the layer's own output."""

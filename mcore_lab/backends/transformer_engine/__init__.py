@@ -17,6 +17,7 @@ from mcore_lab.backends.transformer_engine.grouped import (
 from mcore_lab.backends.transformer_engine.linear import (
     TEColumnParallelLinear,
     TELayerNormColumnParallelLinear,
+    TELayerNormColumnParallelLinearGathered,
     TELinear,
     TERowParallelLinear,
 )
@@ -34,6 +35,7 @@ STAND_INS: dict[str, type] = {
         TEFusedMLPWithGroupedLinear,
         TEGroupedLinear,
         TELayerNormColumnParallelLinear,
+        TELayerNormColumnParallelLinearGathered,
         TELinear,
         TENorm,
         TERowParallelGroupedLinear,

@@ -13,9 +13,13 @@ from megatron.core.tensor_parallel import (
     get_cuda_rng_tracker,
 )
 from megatron.core.tensor_parallel.random import get_data_parallel_rng_tracker_name
+from megatron.core.transformer.heterogeneous.linear_replacements import (
+    _gather_from_tensor_parallel_region,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 
-from mcore_lab.backends.experts import reduce_as_experts
+from mcore_lab.backends.experts import Offset, reduce_as_experts
 from mcore_lab.backends.transformer_engine.norm import (
     allow_no_extra_state,
     norm_parameters,
@@ -144,6 +148,44 @@ class TELayerNormColumnParallelLinear(TEColumnParallelLinear):
         )
         output: tuple[torch.Tensor, torch.Tensor | None] = super().forward(x)
         return output
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[Offset, ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Return the shards, of all data-parallel ranks where `metadata` does not name a group."""
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        state: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        return state
+
+
+class TELayerNormColumnParallelLinearGathered(TELayerNormColumnParallelLinear):
+    """One layer in the place of an attention or MLP, as models pruned layer by layer have it.
+
+    Takes and returns `[s, b, h]` (under sequence parallelism `[s / tp, b, h]`).
+    """
+
+    def __init__(
+        self, config: TransformerConfig, tp_comm_buffer_name: str, *unused: object, **more: object
+    ) -> None:
+        super().__init__(
+            config.hidden_size,
+            config.hidden_size,
+            config=config,
+            init_method=config.init_method,
+            gather_output=False,
+            bias=config.add_bias_linear,
+            skip_bias_add=False,
+            is_expert=False,
+            tp_comm_buffer_name=tp_comm_buffer_name,
+        )
+
+    def forward(self, x: torch.Tensor, **unused: object) -> tuple[torch.Tensor, None]:
+        """Return the whole output; no bias is left to add."""
+        output, _ = super().forward(x)
+        return _gather_from_tensor_parallel_region(output, self.config), None
 
 
 class TERowParallelLinear(RowParallelLinear):
