@@ -214,6 +214,16 @@ MEGATRON = (
         apply=megatron_core.numpy_from_cpu_tensors,
     ),
     Patch(
+        replaces="megatron.core.transformer.torch_norm.WrappedTorchNorm.__new__",
+        why="it refuses sequence parallelism, for which its parameters lack but a mark",
+        apply=megatron_core.norms_of_torch_under_sequence_parallelism,
+    ),
+    Patch(
+        replaces="torch.optim.Adam.__init__",
+        why="Megatron-Core gives lr=None where a scheduler will set it",
+        apply=megatron_core.adam_without_a_rate,
+    ),
+    Patch(
         replaces="megatron.core.datasets.utils.compile_helpers",
         why="it runs make in a folder whose Makefile is not in the wheel",
         apply=megatron_core.use_compiled_helpers,

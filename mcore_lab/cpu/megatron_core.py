@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import importlib
 import importlib.machinery
@@ -170,6 +171,44 @@ def deny_transformer_engine_in_latent_attention() -> None:
     """`multi_latent_attention` takes the mock of a missing `TELinear` for the real one."""
     attention: Any = importlib.import_module("megatron.core.transformer.multi_latent_attention")
     attention.HAVE_TE = isinstance(attention.TELinear, type)
+
+
+def norms_of_torch_under_sequence_parallelism() -> None:
+    """Without Apex the norm of layer specs is torch's, and refuses sequence parallelism.
+
+    All it needs is the mark by which `finalize_model_grads` knows its parameters. It refuses
+    `persist_layer_norm` as well, which chooses one of Apex's kernels for the same norm.
+    """
+    norm: Any = importlib.import_module("megatron.core.transformer.torch_norm").WrappedTorchNorm
+    build = norm.__new__
+
+    @functools.wraps(build)
+    def build_marked(cls: type, config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        plain = copy.copy(config)
+        plain.sequence_parallel = plain.persist_layer_norm = False
+        module: torch.nn.Module = build(cls, plain, *args, **kwargs)
+        for parameter in module.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        return module
+
+    norm.__new__ = build_marked
+
+
+def adam_without_a_rate() -> None:
+    """Megatron-Core gives None for a rate that a scheduler sets before the first step.
+
+    The Adam of Transformer Engine and of Apex takes it.
+    """
+    adam = torch.optim.Adam
+    init = adam.__init__
+
+    @functools.wraps(init)
+    def init_without_rate(
+        self: Any, params: Any, lr: Any = 1e-3, *args: Any, **kwargs: Any
+    ) -> None:
+        init(self, params, 0.0 if lr is None else lr, *args, **kwargs)
+
+    adam.__init__ = init_without_rate  # type: ignore[method-assign]
 
 
 def numpy_from_cpu_tensors() -> None:

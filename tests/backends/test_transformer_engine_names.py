@@ -273,3 +273,66 @@ def test_layers_draw_weights_where_nothing_has_been_seeded() -> None:
     weights += [grouped.weight0[:8], grouped.weight1[:8]]
     assert len({tuple(weight.flatten().tolist()) for weight in weights}) == 5
     assert not get_cuda_rng_tracker().is_initialized()
+
+
+@on_ranks(2)
+def test_a_layer_of_a_model_that_was_pruned_is_one_linear_layer_whose_output_is_whole() -> None:
+    import torch.distributed as dist
+    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.models.gpt.heterogeneous import heterogeneous_layer_specs
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    dist.init_process_group("nccl")
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=8,
+        num_attention_heads=2,
+        tensor_model_parallel_size=2,
+        sequence_parallel=True,
+    )
+    kind = heterogeneous_layer_specs.TELayerNormColumnParallelLinearGathered
+    layer = kind(config, "linear_attn")
+    x = torch.randn(3, 1, 8)
+    output, bias = layer(x)
+    assert output.shape == x.shape and bias is None
+
+    weights = [torch.empty_like(layer.weight) for _ in range(2)]
+    dist.all_gather(weights, layer.weight.detach())
+    normal = torch.nn.functional.layer_norm(x, (8,))
+    torch.testing.assert_close(output, normal @ torch.cat(weights).T)
+
+
+@on_ranks(1)
+def test_vision_models_have_a_norm_that_takes_what_they_give_it() -> None:
+    from megatron.core.models.vision.clip_vit_model import CLIPViTModel
+
+    from mcore_lab.backends.transformer_engine import TENorm
+
+    assert CLIPViTModel.__init__.__defaults__[:2] == (TENorm, TENorm)
+
+
+@on_ranks(1)
+def test_the_shards_of_a_layer_whose_metadata_names_no_group_are_those_of_all_replicas() -> None:
+    import torch.distributed as dist
+    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from mcore_lab.backends.transformer_engine import TELayerNormColumnParallelLinear
+
+    dist.init_process_group("nccl")
+    parallel_state.initialize_model_parallel()
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=2)
+    layer = TELayerNormColumnParallelLinear(
+        8,
+        16,
+        config=config,
+        init_method=config.init_method,
+        gather_output=False,
+        bias=False,
+        skip_bias_add=False,
+        is_expert=False,
+    )
+    assert layer.sharded_state_dict(metadata={})["weight"].global_shape == (16, 8)

@@ -243,6 +243,22 @@ def _on_two_ranks(probe: Callable[[], bool]) -> Callable[[], bool]:
     return lambda: all(launch(probe, 2, timeout=_SECONDS))
 
 
+def _norm_refuses() -> bool:
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    sizes: dict[str, Any] = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 2}
+    split = TransformerConfig(**sizes, tensor_model_parallel_size=2, sequence_parallel=True)
+    return _raises(lambda: WrappedTorchNorm(split, 8)) and not _raises(
+        lambda: WrappedTorchNorm(TransformerConfig(**sizes), 8)
+    )
+
+
+def _adam_without_a_rate() -> bool:
+    weight = torch.nn.Parameter(torch.ones(1))
+    return _raises(lambda: torch.optim.AdamW([weight], lr=None))  # type: ignore[arg-type]
+
+
 PROBES: dict[str, Callable[[], bool]] = {
     "torch.cuda": _cuda,
     "torch.accelerator": _accelerator,
@@ -277,6 +293,8 @@ PROBES: dict[str, Callable[[], bool]] = {
     "megatron.core.transformer.moe.moe_utils.te_general_gemm": _te_general_gemm,
     "megatron.core.transformer.multi_latent_attention.HAVE_TE": _te_in_latent_attention,
     "megatron.core.transformer.moe.moe_utils.maybe_move_tensor_to_cpu": _numpy,
+    "megatron.core.transformer.torch_norm.WrappedTorchNorm.__new__": _norm_refuses,
+    "torch.optim.Adam.__init__": _adam_without_a_rate,
     "megatron.core.datasets.utils.compile_helpers": _helpers,
     "megatron.core.extensions.transformer_engine.TE*": _te_layers,
 }

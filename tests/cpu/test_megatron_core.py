@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -115,3 +116,66 @@ def test_experts_give_the_same_results_whichever_way_tokens_reach_them() -> None
     assert exchanged.abs().max() > 0
     torch.testing.assert_close(exchanged, gathered)
     torch.testing.assert_close(gradient, expected)
+
+
+@on_ranks(2)
+def test_the_norm_of_a_local_layer_spec_has_its_gradients_summed_under_sequence_parallelism() -> (
+    None
+):
+    from megatron.core import parallel_state
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    dist.init_process_group("nccl")
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=8,
+        num_attention_heads=2,
+        tensor_model_parallel_size=2,
+        sequence_parallel=True,
+        persist_layer_norm=True,
+    )
+    norm = WrappedTorchNorm(config, 8)
+    model = DistributedDataParallel(config, DistributedDataParallelConfig(), alone(config, norm))
+    whole = torch.randn(4, 1, 8, generator=torch.Generator().manual_seed(SEED))
+    rank = dist.get_rank()
+    model(whole[2 * rank : 2 * rank + 2]).square().sum().backward()
+    finalize_model_grads([model])
+
+    expected = torch.nn.LayerNorm(8)
+    expected(whole).square().sum().backward()
+    assert expected.weight.grad is not None
+    torch.testing.assert_close(norm.weight.main_grad, expected.weight.grad)
+
+
+def alone(config: Any, module: torch.nn.Module) -> torch.nn.Module:
+    """Return a model that is but this module."""
+    from megatron.core.transformer.module import MegatronModule
+
+    class Alone(MegatronModule):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__(config)
+            self.module = module
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.module(x)  # type: ignore[no-any-return]
+
+    return Alone()
+
+
+@on_ranks(1)
+def test_an_adam_without_a_rate_takes_no_step_until_a_scheduler_gives_one() -> None:
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.AdamW([weight], lr=None)  # type: ignore[arg-type]
+    weight.grad = torch.ones(1)
+    optimizer.step()
+    assert weight.item() == 1
+    optimizer.param_groups[0]["lr"] = 0.5
+    optimizer.step()
+    assert weight.item() < 1

@@ -10,12 +10,11 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
+    gather_from_tensor_model_parallel_region,
     get_cuda_rng_tracker,
+    reduce_scatter_to_sequence_parallel_region,
 )
 from megatron.core.tensor_parallel.random import get_data_parallel_rng_tracker_name
-from megatron.core.transformer.heterogeneous.linear_replacements import (
-    _gather_from_tensor_parallel_region,
-)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 
@@ -185,7 +184,13 @@ class TELayerNormColumnParallelLinearGathered(TELayerNormColumnParallelLinear):
     def forward(self, x: torch.Tensor, **unused: object) -> tuple[torch.Tensor, None]:
         """Return the whole output; no bias is left to add."""
         output, _ = super().forward(x)
-        return _gather_from_tensor_parallel_region(output, self.config), None
+        if not self.config.sequence_parallel:
+            return gather_from_tensor_model_parallel_region(output, group=self.tp_group), None
+        # Where the other ranks' channels will be there are zeros: their sum is all channels.
+        channels, rank = output.shape[-1], self.tp_group.rank()
+        after = self.config.hidden_size - (rank + 1) * channels
+        output = F.pad(output, (rank * channels, after))
+        return reduce_scatter_to_sequence_parallel_region(output, group=self.tp_group), None
 
 
 class TERowParallelLinear(RowParallelLinear):
