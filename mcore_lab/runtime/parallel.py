@@ -92,10 +92,12 @@ def model_parallel(
 
 def _join(world: World, timeout: timedelta) -> None:
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-    # torchrun's store outlives a group, and the next one would find the addresses of the last.
+    # torchrun's store outlives a group, and all ranks when they are started again: the next group
+    # would find the addresses of the last.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     dist.init_process_group(
         world.device.communication,
-        store=dist.PrefixStore(f"process_group-{next(_joined)}", store),
+        store=dist.PrefixStore(f"attempt-{attempt}/process_group-{next(_joined)}", store),
         rank=rank,
         world_size=size,
         timeout=timeout,
