@@ -224,6 +224,11 @@ MEGATRON = (
         apply=megatron_core.adam_without_a_rate,
     ),
     Patch(
+        replaces="megatron.core.optimizer.DistributedOptimizer.state_dict",
+        why="it reads a step of torch's Adam that the state which Megatron-Core makes has not",
+        apply=megatron_core.steps_of_adam_before_the_first,
+    ),
+    Patch(
         replaces="megatron.core.datasets.utils.compile_helpers",
         why="it runs make in a folder whose Makefile is not in the wheel",
         apply=megatron_core.use_compiled_helpers,

@@ -211,6 +211,28 @@ def adam_without_a_rate() -> None:
     adam.__init__ = init_without_rate  # type: ignore[method-assign]
 
 
+def steps_of_adam_before_the_first() -> None:
+    """Megatron-Core gives Adam its state before the first step, as checkpoints need it.
+
+    It has no `step` then, which Transformer Engine's and Apex's Adam do not keep there; torch's
+    does, and the distributed optimizer reads it.
+    """
+    kind: Any = importlib.import_module("megatron.core.optimizer").DistributedOptimizer
+    state_dict = kind.state_dict
+
+    @functools.wraps(state_dict)
+    def state_dict_with_steps(self: Any) -> dict[str, Any]:
+        adam = getattr(self, "optimizer", None)
+        if isinstance(adam, torch.optim.Adam):
+            for state in adam.state.values():
+                if "exp_avg" in state:
+                    state.setdefault("step", torch.tensor(0.0))
+        whole: dict[str, Any] = state_dict(self)
+        return whole
+
+    kind.state_dict = state_dict_with_steps
+
+
 def numpy_from_cpu_tensors() -> None:
     """`maybe_move_tensor_to_cpu(as_numpy=True)` leaves tensors that are on the CPU as they are."""
     moe_utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")

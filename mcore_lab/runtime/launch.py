@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch.distributed import DistError
+from torch.distributed import DistError, DistNetworkError
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -33,10 +33,12 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from mcore_lab import cpu
 from mcore_lab.errors import LabError, PreemptedError, RankFailedError
 from mcore_lab.runtime.device import threads_per_rank
+from mcore_lab.runtime.ports import free_port
 
 T = TypeVar("T")
 _LOST_PEER_SECONDS = 3.0
-_START_SECONDS = 120.0
+_START_SECONDS = 120
+_PORTS = 5
 _OMP_PAUSE_HARD = 2
 _PR_SET_PDEATHSIG = 1
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
@@ -70,9 +72,9 @@ def launch(
         _frozen_garbage(),
     ):
         all_started = multiprocessing.get_context(method).Barrier(nproc)
-        ranks = elastic_launch(_config(nproc, method), _rank_main)
+        rank_arguments = (Path(folder), timeout, all_started, function, args)
         try:
-            results = ranks(Path(folder), timeout, all_started, function, args)
+            results = _on_a_free_port(nproc, method, rank_arguments)
         except ChildFailedError as error:
             raise _first_failure(error.failures, Path(folder)) from None
         except SignalException as error:
@@ -86,14 +88,31 @@ def launch(
     return [pickle.loads(results[rank]) for rank in range(nproc)]
 
 
-def _config(nproc: int, method: str) -> LaunchConfig:
+def _on_a_free_port(nproc: int, method: str, rank_arguments: tuple[Any, ...]) -> dict[int, Any]:
+    """Start the ranks, which meet at a port of this machine; return what each of them returned."""
+    for _ in range(_PORTS):
+        ranks = elastic_launch(_config(nproc, method, free_port()), _rank_main)
+        try:
+            results: dict[int, Any] = ranks(*rank_arguments)
+            return results
+        except DistNetworkError as error:
+            # Another program has taken it meanwhile; no rank has been started.
+            if "EADDRINUSE" not in str(error):
+                raise
+    raise RankFailedError(f"no rank was started: each of {_PORTS} ports was taken by others")
+
+
+def _config(nproc: int, method: str, port: int) -> LaunchConfig:
     return LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=nproc,
         run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
+        # Among the ranks of one machine there is nobody to wait for: the other ways to meet wait a
+        # random third of a second for more to come.
+        rdzv_backend="static",
+        rdzv_endpoint=f"127.0.0.1:{port}",
+        rdzv_configs={"rank": 0, "timeout": _START_SECONDS},
         local_addr="127.0.0.1",
         max_restarts=0,
         monitor_interval=0.1,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch.distributed as dist
 from mcore_lab import cpu
 from mcore_lab.layout import ParallelLayout
 from mcore_lab.runtime.device import Device, choose_device, threads_per_rank
+from mcore_lab.runtime.ports import free_port
 
 _joined = itertools.count()
 
@@ -116,14 +116,11 @@ def _describe_one_rank_if_alone() -> None:
     """Set the environment that torchrun would, for a program that was started without it."""
     if "RANK" in os.environ:
         return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     os.environ |= {
         "RANK": "0",
         "WORLD_SIZE": "1",
         "LOCAL_RANK": "0",
         "LOCAL_WORLD_SIZE": "1",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(free_port()),
     }

@@ -259,6 +259,20 @@ def _adam_without_a_rate() -> bool:
     return _raises(lambda: torch.optim.AdamW([weight], lr=None))  # type: ignore[arg-type]
 
 
+def _no_step_before_the_first() -> bool:
+    from megatron.core.optimizer import DistributedOptimizer
+
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = object.__new__(DistributedOptimizer)
+    optimizer.optimizer = torch.optim.AdamW([weight])
+    optimizer.optimizer.state[weight] = {"exp_avg": torch.ones(1), "exp_avg_sq": torch.ones(1)}
+    try:
+        optimizer.state_dict()
+    except KeyError as error:
+        return error.args == ("step",)
+    return False
+
+
 PROBES: dict[str, Callable[[], bool]] = {
     "torch.cuda": _cuda,
     "torch.accelerator": _accelerator,
@@ -295,6 +309,7 @@ PROBES: dict[str, Callable[[], bool]] = {
     "megatron.core.transformer.moe.moe_utils.maybe_move_tensor_to_cpu": _numpy,
     "megatron.core.transformer.torch_norm.WrappedTorchNorm.__new__": _norm_refuses,
     "torch.optim.Adam.__init__": _adam_without_a_rate,
+    "megatron.core.optimizer.DistributedOptimizer.state_dict": _no_step_before_the_first,
     "megatron.core.datasets.utils.compile_helpers": _helpers,
     "megatron.core.extensions.transformer_engine.TE*": _te_layers,
 }

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,6 +21,7 @@ import torch.distributed as dist
 from mcore_lab import cpu
 from mcore_lab.errors import BackendError, LayoutError, RankFailedError
 from mcore_lab.runtime import choose_device, launch, process_group, threads_per_rank
+from mcore_lab.runtime.ports import free_port
 
 SECONDS = 60.0
 
@@ -271,3 +274,26 @@ def test_what_a_killed_rank_had_forked_ends_with_it(tmp_path: Path) -> None:
     while Path(f"/proc/{forked}").exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_a_port_that_another_program_takes_meanwhile_is_left_to_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    launching = importlib.import_module("mcore_lab.runtime.launch")
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        ports = iter([other.getsockname()[1], free_port()])
+        monkeypatch.setattr(launching, "free_port", lambda: next(ports))
+        assert launch(_rank, 2) == [0, 1]
+        assert not list(ports)
+
+
+def test_no_free_port_at_all_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    launching = importlib.import_module("mcore_lab.runtime.launch")
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        monkeypatch.setattr(launching, "free_port", lambda: other.getsockname()[1])
+        with pytest.raises(RankFailedError, match="no rank was started: each of 5 ports"):
+            launch(_rank, 2)
