@@ -4,21 +4,39 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import sys
+import tempfile
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from mcore_lab import cpu
 from mcore_lab.cli.arguments import recipe_arguments
 from mcore_lab.cli.check import broken_rules
-from mcore_lab.config import Recipe, RunArguments
+from mcore_lab.config import LaunchSettings, Recipe, RunArguments
 from mcore_lab.errors import ConfigError, LayoutError, nearest
 from mcore_lab.report.tables import print_json, print_table
+
+if TYPE_CHECKING:
+    from mcore_lab.bench.soak import SoakResult
 
 _WHAT = {
     "step": "time a recipe's step beside the same model in a bare Megatron-Core loop",
     "checkpoint": "time the save and the load of a recipe's checkpoint, with optimizer and hashes",
+    "soak": "kill a recipe's ranks again and again, and see that each restart changes nothing",
 }
 _ROUNDS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoakSettings(LaunchSettings):
+    """What the command line of `bench soak` says apart from the recipe."""
+
+    kills: int = 200
+    """How often ranks are killed."""
+    kill_seed: int = 0
+    """Decides when, and which ranks."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -32,11 +50,12 @@ def main(argv: Sequence[str]) -> int:
         hint = nearest(name, _WHAT) or f"; there is {', '.join(_WHAT)}"
         raise ConfigError(f"no benchmark {name}{hint}")
     what = f"{_WHAT[name].capitalize()}."
-    arguments, nproc = recipe_arguments(f"bench {name}", what, argv[1:])
+    settings = SoakSettings if name == "soak" else LaunchSettings
+    arguments, nproc = recipe_arguments(f"bench {name}", what, argv[1:], settings)
     recipe = arguments.recipe
     if broken := recipe.layout.check(recipe.model, recipe.data, nproc):
         raise LayoutError(broken_rules(recipe, nproc, broken))
-    return (_step if name == "step" else _checkpoint)(arguments, nproc)
+    return _BENCHMARKS[name](arguments, nproc)
 
 
 def _step(arguments: RunArguments, nproc: int) -> int:
@@ -62,6 +81,33 @@ def _checkpoint(arguments: RunArguments, nproc: int) -> int:
     seconds = (f"{times.save_seconds:.3f}", f"{times.load_seconds:.3f}")
     print_table(columns, [(times.recipe, nproc, times.rounds, f"{times.size:,}", *seconds)])
     return 0
+
+
+def _soak(arguments: RunArguments, nproc: int) -> int:
+    kills, seed = arguments.own["kills"], arguments.own["kill_seed"]
+    if kills < 1:
+        raise ConfigError(f"--kills must not be below 1; it is {kills}")
+    cpu.preload()
+    from mcore_lab.bench.soak import soak
+
+    with tempfile.TemporaryDirectory(prefix="mcore_lab-") as folder:
+        result = soak(arguments.recipe, nproc, kills, Path(folder), seed=seed, tell=_tell_of_kills)
+    if arguments.json:
+        print_json(dataclasses.asdict(result))
+        return 0
+    columns = ("recipe", "ranks", "kills", "in saves", "most steps lost", "whole runs")
+    row = (result.kills, result.in_saves, result.most_steps_lost, result.whole_runs)
+    print_table(columns, [(result.recipe, nproc, *row)])
+    print("every step, and the weights and moments at each end, are those of a run left alone")
+    return 0
+
+
+def _tell_of_kills(result: SoakResult) -> None:
+    if result.kills % 10 == 0:
+        print(f"{result.kills} kills, {result.whole_runs} whole runs", file=sys.stderr)
+
+
+_BENCHMARKS = {"step": _step, "checkpoint": _checkpoint, "soak": _soak}
 
 
 def _measured(name: str, recipe: Recipe, nproc: int) -> tuple[Any, str]:
