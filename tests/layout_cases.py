@@ -22,6 +22,7 @@ class Model:
     vocab_size: int | None = None
     max_sequence_length: int | None = None
     share_embeddings_and_output_weights: bool = False
+    position_embedding_type: str = "learned_absolute"
     transformer: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -66,6 +67,8 @@ def transformer(**fields: Any) -> dict[str, Any]:
     return {"transformer": fields}
 
 
+UNIFORM = {"recompute_granularity": "full", "recompute_method": "uniform"}
+GATED_DELTA = "" if megatron_core_is_before("0.17") else ", gdn_norm_out"
 MOE = {"num_moe_experts": 4, "transformer": {"add_bias_linear": False}}
 
 WRONG = {
@@ -95,10 +98,12 @@ WRONG = {
         mended={"model": transformer()},
     ),
     "an_order_without_a_dimension": Wrong(
-        layout={"order": "tp-cp-dp-pp"},
-        says="order must name each of tp, cp, ep, dp and pp once: order 'tp-cp-dp-pp'; "
-        "use --layout.order tp-cp-ep-dp-pp",
-        mended={"layout": {"order": "tp-cp-dp-pp-ep"}},
+        layout={"ep": 2, "order": "tp-cp-dp-pp"},
+        model={"num_moe_experts": 4},
+        world=2,
+        says="order must name each of tp, cp, ep, dp and pp once; one of size 1 may be left out: "
+        "order 'tp-cp-dp-pp'; use --layout.order tp-cp-ep-dp-pp",
+        mended={"layout": {"order": "tp-dp-pp-ep"}},
     ),
     "a_world_with_a_rest": Wrong(
         layout={"tp": 2, "pp": 2},
@@ -290,6 +295,41 @@ WRONG = {
         "num_layers_in_last_pipeline_stage 2, pp 2, vpp 2; use --layout.vpp 1",
         mended={"layout": {"vpp": 1}},
     ),
+    "uneven_ends_of_one_stage": Wrong(
+        model=transformer(
+            num_layers_in_first_pipeline_stage=1, num_layers_in_last_pipeline_stage=1
+        ),
+        says="num_layers_in_first_pipeline_stage and num_layers_in_last_pipeline_stage need pp "
+        "above 1: 1 and 1 layers, pp 1; use --layout.pp 2, or neither of them",
+        mended={"model": transformer()},
+    ),
+    "a_stage_layout_without_a_loss": Wrong(
+        layout={"pp": 2},
+        world=2,
+        model=transformer(pipeline_model_parallel_layout="Ett|tt"),
+        says="pipeline_model_parallel_layout must begin with its one embedding and end with its "
+        "one loss: embedding 1 times, loss 0 times, embedding first and decoder last; "
+        "use E first and L last",
+        mended={"model": transformer(pipeline_model_parallel_layout="Ett|ttL")},
+    ),
+    "a_stage_layout_of_other_predictions": Wrong(
+        layout={"pp": 2},
+        world=2,
+        model=transformer(pipeline_model_parallel_layout="Ett|ttmL"),
+        says="pipeline_model_parallel_layout must have mtp_num_layers layers of multi-token "
+        "prediction: 1 of them, mtp_num_layers 0; "
+        "use --model.transformer.mtp_num_layers 1, or 0 of them",
+        mended={"model": transformer(pipeline_model_parallel_layout="Ett|ttmL", mtp_num_layers=1)},
+    ),
+    "a_stage_layout_that_predicts_too_early": Wrong(
+        layout={"pp": 2},
+        world=2,
+        model=transformer(pipeline_model_parallel_layout="Ettm|ttL", mtp_num_layers=1),
+        says="pipeline_model_parallel_layout must have all mtp layers in one stage, the last "
+        "chunk of its rank, and after all decoder layers: in stages 0 of 2; "
+        "use mL in the last stage",
+        mended={"model": transformer(pipeline_model_parallel_layout="Ett|ttmL", mtp_num_layers=1)},
+    ),
     "a_stage_layout_of_other_chunks": Wrong(
         layout={"pp": 2},
         world=2,
@@ -321,6 +361,12 @@ WRONG = {
         says="etp above 1 needs num_moe_experts: etp 2, no experts; use --layout.etp 1",
         mended={"layout": {"etp": 1}},
     ),
+    "a_width_of_experts_without_experts": Wrong(
+        model=transformer(moe_ffn_hidden_size=32),
+        says="moe_ffn_hidden_size needs num_moe_experts: moe_ffn_hidden_size 32, no experts; "
+        "use a model without moe_ffn_hidden_size",
+        mended={"model": {"num_moe_experts": 4}},
+    ),
     "uneven_experts": Wrong(
         layout={"ep": 2},
         world=2,
@@ -335,6 +381,47 @@ WRONG = {
         "moe_router_topk 2, num_moe_experts 1; "
         "use --model.transformer.moe_router_topk 1, or --model.num-moe-experts 2",
         mended={"model": {"num_moe_experts": 2}},
+    ),
+    "one_expert_of_a_softmax": Wrong(
+        model={"num_moe_experts": 4, **transformer(moe_router_topk=1)},
+        says="moe_router_topk 1 needs moe_router_pre_softmax: "
+        "moe_router_topk 1, moe_router_pre_softmax False; "
+        "use --model.transformer.moe_router_pre_softmax True, "
+        "or --model.transformer.moe_router_topk 2",
+        mended={"model": transformer(moe_router_topk=1, moe_router_pre_softmax=True)},
+    ),
+    "shared_experts_that_overlap_with_an_all_gather": Wrong(
+        model={
+            "num_moe_experts": 4,
+            **transformer(
+                moe_shared_expert_intermediate_size=16,
+                moe_shared_expert_overlap=True,
+                add_bias_linear=False,
+            ),
+        },
+        says="moe_shared_expert_overlap needs moe_token_dispatcher_type alltoall: "
+        "moe_token_dispatcher_type allgather; "
+        "use --model.transformer.moe_token_dispatcher_type alltoall, "
+        "or --model.transformer.moe_shared_expert_overlap False",
+        mended={
+            "model": transformer(
+                moe_shared_expert_intermediate_size=16,
+                moe_shared_expert_overlap=True,
+                moe_token_dispatcher_type="alltoall",
+                add_bias_linear=False,
+            )
+        },
+    ),
+    "packed_documents_of_stages_that_gather": Wrong(
+        layout={"pp": 2},
+        world=2,
+        model=transformer(moe_token_dispatcher_type="allgather", attention_dropout=0.0),
+        data={"pack_documents": True},
+        says="packed documents with pp above 1 need moe_token_dispatcher_type alltoall: "
+        "moe_token_dispatcher_type allgather, pp 2; "
+        "use --model.transformer.moe_token_dispatcher_type alltoall, or --layout.pp 1, "
+        "or --data.pack-documents False",
+        mended={"model": transformer(attention_dropout=0.0)},
     ),
     "an_uneven_expert_width": Wrong(
         layout={"etp": 2},
@@ -394,7 +481,10 @@ WRONG = {
     "padding_in_the_auxiliary_loss": Wrong(
         layout={"cp": 2},
         world=2,
-        model={"num_moe_experts": 4, "transformer": {"moe_aux_loss_coeff": 0.1}},
+        model={
+            "num_moe_experts": 4,
+            "transformer": {"moe_aux_loss_coeff": 0.1, "attention_dropout": 0.0},
+        },
         data={"sequence_length": 66},
         says="sequence_length must be a multiple of 2 * cp, "
         "or padded tokens count in moe_aux_loss_coeff: "
@@ -407,7 +497,11 @@ WRONG = {
         world=8,
         model={
             "num_moe_experts": 4,
-            "transformer": {"moe_expert_capacity_factor": 1.5, "add_bias_linear": False},
+            "transformer": {
+                "moe_expert_capacity_factor": 1.5,
+                "add_bias_linear": False,
+                "attention_dropout": 0.0,
+            },
         },
         data={"sequence_length": 72},
         says="sequence_length must be a multiple of 2 * cp * tp, "
@@ -436,7 +530,7 @@ WRONG = {
             "predicted_tokens_of_split_sequences": Wrong(
                 layout={"cp": 2},
                 world=2,
-                model=transformer(mtp_num_layers=1),
+                model=transformer(mtp_num_layers=1, attention_dropout=0.0),
                 says="with mtp_num_layers, Megatron-Core from 0.17 on needs cp 1, "
                 "or gradients are off: mtp_num_layers 1, cp 2; "
                 "use --layout.cp 1, or a model without mtp_num_layers",
@@ -449,6 +543,14 @@ WRONG = {
         says="packed documents need attention_dropout 0: attention_dropout 0.1; "
         "use --model.transformer.attention_dropout 0, or --data.pack-documents False",
         mended={"model": {"transformer": {"attention_dropout": 0}}},
+    ),
+    "shared_sequences_with_attention_dropout": Wrong(
+        layout={"cp": 2},
+        world=2,
+        says="cp above 1 needs attention_dropout 0, or --model.backend te: "
+        "attention_dropout 0.1, cp 2; "
+        "use --model.transformer.attention_dropout 0, or --layout.cp 1",
+        mended={"model": transformer(attention_dropout=0.0)},
     ),
     "an_uneven_batch": Wrong(
         world=3,
@@ -475,6 +577,65 @@ WRONG = {
         "micro-batches 16 / (4 * 1) = 4, group 3, pp 2; "
         "use --data.global-batch-size 12 or 20, or --data.micro-batch-size 2",
         mended={"data": {"global_batch_size": 20}},
+    ),
+    "an_unknown_recomputation": Wrong(
+        model=transformer(recompute_granularity="some"),
+        says="recompute_granularity must be of full, selective: recompute_granularity some; "
+        "use --model.transformer.recompute_granularity full or selective",
+        mended={"model": transformer()},
+    ),
+    "recomputed_layers_without_a_number": Wrong(
+        model=transformer(recompute_granularity="full", recompute_method="block"),
+        says="recompute_granularity full needs recompute_method and recompute_num_layers: "
+        "recompute_method block, recompute_num_layers None; "
+        "use --model.transformer.recompute_num_layers 1",
+        mended={"model": transformer()},
+    ),
+    "recomputed_modules_of_a_number_of_layers": Wrong(
+        model=transformer(recompute_granularity="selective", recompute_num_layers=2),
+        says="recompute_granularity selective takes no recompute_num_layers: "
+        "recompute_num_layers 2; use a model without recompute_num_layers, "
+        "or --model.transformer.recompute_granularity full",
+        mended={"model": transformer(recompute_granularity="selective")},
+    ),
+    "recomputation_in_steps_of_no_layers": Wrong(
+        model=transformer(**UNIFORM, recompute_num_layers=0),
+        says="recompute_num_layers of uniform recomputation must divide the layers of each stage: "
+        "recompute_num_layers 0, layers of a stage 4; "
+        "use --model.transformer.recompute_num_layers 1",
+        mended={"model": transformer(**UNIFORM, recompute_num_layers=2)},
+    ),
+    "predicted_tokens_that_are_recomputed_in_pairs": Wrong(
+        model=transformer(**UNIFORM, recompute_num_layers=2, mtp_num_layers=1),
+        says="recompute_num_layers of uniform recomputation must divide the layers of each stage, "
+        "and be 1 with mtp_num_layers: recompute_num_layers 2, layers of a stage 4; "
+        "use --model.transformer.recompute_num_layers 1",
+        mended={"model": transformer(**UNIFORM, recompute_num_layers=1, mtp_num_layers=1)},
+    ),
+    "an_unknown_module": Wrong(
+        model=transformer(recompute_granularity="selective", recompute_modules=["mlp_up"]),
+        says="recompute_modules must be of core_attn, layernorm, mla_up_proj, mlp, moe, moe_act, "
+        f"shared_experts{GATED_DELTA}: recompute_modules mlp_up; "
+        "use --model.transformer.recompute_modules core_attn or layernorm or mla_up_proj or mlp or "
+        f"moe or moe_act or shared_experts{GATED_DELTA.replace(', ', ' or ')}",
+        mended={"model": transformer()},
+    ),
+    "a_module_that_is_not_in_the_model": Wrong(
+        model=transformer(recompute_granularity="selective", recompute_modules=["mla_up_proj"]),
+        says="mla_up_proj can be recomputed only with multi_latent_attention True: "
+        "recompute_modules mla_up_proj, multi_latent_attention False; "
+        "use --model.transformer.multi_latent_attention True, "
+        "or recompute_modules without mla_up_proj",
+        mended={"model": transformer()},
+    ),
+    "saved_activations_that_are_split_twice": Wrong(
+        layout={"tp": 2, "sp": True},
+        world=2,
+        model=transformer(**UNIFORM, recompute_num_layers=1, distribute_saved_activations=True),
+        says="distribute_saved_activations is not for sequence_parallel: "
+        "distribute_saved_activations True, sequence_parallel True; "
+        "use --model.transformer.distribute_saved_activations False, or --layout.sp False",
+        mended={"layout": {"tp": 2, "sp": False}},
     ),
     "a_recomputed_mlp_with_a_bias": Wrong(
         model=transformer(

@@ -111,6 +111,12 @@ def test_a_launch_that_had_begun_nothing_leaves_an_earlier_run_to_what_it_was_to
     assert restarted(asked) == asked
 
 
+def test_a_launch_whose_second_leg_had_not_saved_goes_on_from_the_first(tmp_path: Path) -> None:
+    asked = begun(tmp_path / "run", RECIPE, saved=True)
+    RunFolder(asked.run_dir).begin(recipe_to_toml(RECIPE), fresh=False, launch="this launch")
+    assert restarted(asked).recipe.training.resume == "auto"
+
+
 SCRIPT = """\
 import os, signal
 from mcore_lab import cpu

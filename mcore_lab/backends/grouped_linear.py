@@ -12,6 +12,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.random import get_expert_parallel_rng_tracker_name
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import divide
 
 _ALIGNMENT = 16
 """Bytes that torch's grouped product wants each row to be a multiple of."""
@@ -115,7 +116,7 @@ class GroupedLinear(torch.nn.Module):
         self.ep_group, self.tp_group = pg_collection.ep, pg_collection.expt_tp
         whole = [output_size, input_size]
         part = list(whole)
-        part[partition_dim] //= self.tp_group.size()
+        part[partition_dim] = divide(part[partition_dim], self.tp_group.size())
         on_cpu = config.use_cpu_initialization
         device = "cpu" if on_cpu else torch.cuda.current_device()
         options: dict[str, Any] = {"dtype": config.params_dtype, "device": device}

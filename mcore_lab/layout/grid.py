@@ -36,13 +36,17 @@ class RankGrid:
 
     @classmethod
     def in_order(cls, order: str, sizes: dict[str, int]) -> RankGrid:
-        """Lay the ranks out in `order`, closest first, with an axis for each of `sizes`."""
+        """Lay the ranks out in `order`, closest first, with an axis for each of `sizes`.
+
+        Raises LayoutError where a dimension of more than one rank has no place, or several.
+        """
         names = order.split("-")
         if "etp" in sizes:
             names = [_EXPERT_AXES.get(name, name) for name in names]
-        axes = tuple(name for name in reversed(names) if name in sizes)
-        if set(axes) != set(sizes) or len(axes) != len(sizes):
+        if any(names.count(axis) != 1 for axis, size in sizes.items() if size > 1):
             raise LayoutError(f"order {order!r} must name each of tp, cp, ep, dp and pp once")
+        known = [name for name in dict.fromkeys([*names, *sizes]) if name in sizes]
+        axes = tuple(reversed(known))
         ranks = np.arange(prod(sizes.values())).reshape([sizes[axis] for axis in axes])
         return cls(axes=axes, ranks=ranks)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 from mcore_lab.layout.rules.case import Case, DataShape, ModelShape
-from mcore_lab.layout.rules.pipeline import decoder_layers, stages_of
+from mcore_lab.layout.rules.pipeline import layer_counts
 
 if TYPE_CHECKING:
     from mcore_lab.layout.grid import Coordinates
@@ -56,35 +56,8 @@ def rank_shares(
 
 def _layer_spans(case: Case) -> Iterator[Span]:
     """Yield each stage's layers, in the order in which a micro-batch goes through the stages."""
-    ends = list(accumulate(_layer_counts(case), initial=0))
+    ends = list(accumulate(layer_counts(case), initial=0))
     yield from pairwise(ends)
-
-
-def _layer_counts(case: Case) -> Sequence[int]:
-    """Return the layers of each stage, as `get_num_layers_to_build` counts them.
-
-    Source: megatron/core/transformer/transformer_block.py, 0.16.1 to 0.19.
-    """
-    pp, vpp = case.layout.pp, case.layout.vpp
-    written = case.of_model("pipeline_model_parallel_layout")
-    if written:
-        return [decoder_layers(stage) for stage in stages_of(written)]
-    first = case.of_model("num_layers_in_first_pipeline_stage")
-    last = case.of_model("num_layers_in_last_pipeline_stage")
-    embedding = bool(case.of_model("account_for_embedding_in_pipeline_split"))
-    loss = bool(case.of_model("account_for_loss_in_pipeline_split"))
-    between = pp - (first is not None) - (last is not None)
-    rest = case.model.num_layers - (first or 0) - (last or 0) + embedding + loss
-    even = rest // between if between else 0
-    ranks = [even] * pp
-    if first is not None:
-        ranks[0] = first
-    if last is not None:
-        ranks[-1] = last
-    counts = [layers // vpp for layers in ranks] * vpp
-    counts[0] -= embedding
-    counts[-1] -= loss
-    return counts
 
 
 def _part(whole: int | None, index: int, parts: int) -> Span | None:

@@ -110,7 +110,9 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             _replace(self.path / _RECIPE, recipe_toml)
             self._drop_after(first_step)
-            _replace(self.path / _LAUNCH, launch)
+            # When it began is when its first leg did: `has_saved` is asked for all of them.
+            if not self.was_begun_by(launch):
+                _replace(self.path / _LAUNCH, launch)
 
     def record(self, metrics: StepMetrics) -> None:
         """Append a step's line to `metrics.jsonl`."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from mcore_lab.errors import LabError
+from mcore_lab.layout.words import in_words
 from mcore_lab.verify.compare import Verdict
 
 
@@ -16,11 +16,6 @@ class LayoutDiffersError(LabError):
     """A layout does not compute what one rank computes."""
 
     exit_code = 1
-
-
-def in_words(sizes: Mapping[str, int | bool]) -> str:
-    """Return what a layout splits as a person writes it: `tp2 sp dp4`."""
-    return " ".join(name if size is True else f"{name}{size}" for name, size in sizes.items())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from mcore_lab.backends import Backend
 from mcore_lab.checkpoint import step_folder
 from mcore_lab.config import Recipe
 from mcore_lab.layout import ParallelLayout
+from mcore_lab.layout.words import sizes_in_use
 from mcore_lab.model import BuildChunk, Stage, gpt_chunk
 from mcore_lab.recipes.story import train
 from mcore_lab.runtime import RankLog, choose_device, launch, process_group
@@ -96,7 +97,7 @@ class Reference:
         verdicts = compare(self.snapshot, candidate, Tolerances.of(recipe, steps))
         return VerificationReport(
             recipe=recipe.name,
-            layout=layout_sizes(layout, nproc),
+            layout=sizes_in_use(layout, nproc),
             world_size=nproc,
             precision=recipe.training.precision,
             steps=steps,
@@ -154,14 +155,3 @@ def _with_no_constants(build: BuildChunk) -> BuildChunk:
         return chunk
 
     return built
-
-
-def layout_sizes(layout: ParallelLayout, nproc: int) -> dict[str, int | bool]:
-    """Return what a layout splits, by short names: sizes above 1, and what is switched on."""
-    sizes = {name: getattr(layout, name) for name in ("tp", "cp", "pp", "vpp", "ep")}
-    sizes["dp"] = layout.data_parallel_size(nproc)
-    split: dict[str, int | bool] = {name: size for name, size in sizes.items() if size > 1}
-    if layout.etp != layout.tp:
-        split["etp"] = layout.etp
-    flags = {"sp": layout.sp, "distopt": layout.use_distributed_optimizer}
-    return split | {name: True for name, on in flags.items() if on}

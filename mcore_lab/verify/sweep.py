@@ -19,12 +19,12 @@ from typing import Any
 from mcore_lab.config import Data, Model, Recipe, Training, recipe_to_toml
 from mcore_lab.errors import LabError, RunFolderError
 from mcore_lab.layout import ParallelLayout
+from mcore_lab.layout.words import in_words, sizes_in_use
 from mcore_lab.runtime import choose_device
 from mcore_lab.runtime.launch import end_with_parent
 from mcore_lab.verify import Reference
 from mcore_lab.verify.layouts import allowed_layouts
-from mcore_lab.verify.report import VerificationReport, in_words
-from mcore_lab.verify.run import layout_sizes
+from mcore_lab.verify.report import VerificationReport
 from mcore_lab.verify.tolerance import Tolerances
 
 STEPS = 2
@@ -307,7 +307,7 @@ def _key(world: int, layout: ParallelLayout) -> str:
 
 def layout_words(world: int, layout: ParallelLayout) -> str:
     """Return a layout as a person writes it, `tp2 sp dp4`; nothing for one that splits nothing."""
-    return in_words(layout_sizes(layout, world))
+    return in_words(sizes_in_use(layout, world))
 
 
 def _versions() -> dict[str, str]:

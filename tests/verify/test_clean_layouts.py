@@ -38,10 +38,10 @@ CLEAN = [
 
 
 def _name(of: object) -> str:
-    from mcore_lab.verify.run import layout_sizes
+    from mcore_lab.layout.words import sizes_in_use
 
     model, ranks, layout = of  # type: ignore[misc]
-    sizes = layout_sizes(layout, ranks)
+    sizes = sizes_in_use(layout, ranks)
     return "-".join([model, *(name if on is True else f"{name}{on}" for name, on in sizes.items())])
 
 

@@ -25,11 +25,14 @@ _ON_ALL_TOKENS = (
     "moe_expert_capacity_factor",
     "moe_router_enable_expert_bias",
 )
+_LEARNED = "learned_absolute"
 _GROUP = "microbatch_group_size_per_vp_stage"
 
 
 def sequence_fits_the_model(case: Case) -> Iterator[BrokenRule]:
-    """The model takes sequences as long as the data's."""
+    """The model has a learned position for each token of a sequence; others need no table."""
+    if case.of_model("position_embedding_type", _LEARNED) != _LEARNED:
+        return
     longest = case.model_amount("max_sequence_length")
     length = case.data_amount("sequence_length")
     if 0 < longest.value < length.value:
@@ -87,12 +90,21 @@ def predicted_tokens_see_whole_sequences(case: Case) -> Iterator[BrokenRule]:
 
 def packed_documents_drop_no_attention(case: Case) -> Iterator[BrokenRule]:
     """The torch backend attends to packed documents without dropout; Transformer Engine with it."""
-    dropout = case.of_model("attention_dropout", _ATTENTION_DROPOUT)
-    if case.data.pack_documents and dropout and case.of_model("backend") != "te":
+    if case.data.pack_documents and (dropout := _own_attention_drops(case)):
         yield BrokenRule(
             rule="packed documents need attention_dropout 0",
             numbers=f"attention_dropout {dropout}",
             fix="--model.transformer.attention_dropout 0, or --data.pack-documents False",
+        )
+
+
+def shared_sequences_drop_no_attention(case: Case) -> Iterator[BrokenRule]:
+    """The torch backend shares sequences without dropout, too; Transformer Engine with it."""
+    if case.layout.cp > 1 and (dropout := _own_attention_drops(case)):
+        yield BrokenRule(
+            rule="cp above 1 needs attention_dropout 0, or --model.backend te",
+            numbers=f"attention_dropout {dropout}, cp {case.layout.cp}",
+            fix="--model.transformer.attention_dropout 0, or --layout.cp 1",
         )
 
 
@@ -145,6 +157,12 @@ def interleaving_has_micro_batches(case: Case) -> Iterator[BrokenRule]:
     )
 
 
+def _own_attention_drops(case: Case) -> float:
+    """Return the dropout that the torch backend's attention is to have; 0 if that is not used."""
+    dropout: float = case.of_model("attention_dropout", _ATTENTION_DROPOUT)
+    return 0 if case.of_model("backend") == "te" else dropout
+
+
 def _counts_tokens(case: Case) -> str:
     """Name what looks at all tokens that a router sees, if anything does."""
     if case.of_model("moe_router_load_balancing_type") == "sinkhorn":
@@ -184,6 +202,7 @@ RULES: tuple[Rule, ...] = (
     experts_count_no_padding,
     predicted_tokens_see_whole_sequences,
     packed_documents_drop_no_attention,
+    shared_sequences_drop_no_attention,
     batch_divides,
     micro_batch_groups_reach_all_stages,
     interleaving_has_micro_batches,

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from mcore_lab.compat import megatron_core_is_before
 from mcore_lab.layout.rules.case import Case, Rule
 from mcore_lab.layout.rules.report import BrokenRule, either, multiple_of
 
 _DEFAULT_TOPK = 2
 """`TransformerConfig.moe_router_topk`, if it is not set."""
+_DEFAULT_DISPATCHER = "allgather"
+"""`TransformerConfig.moe_token_dispatcher_type`, if it is not set."""
 
 
 def expert_sizes_have_experts(case: Case) -> Iterator[BrokenRule]:
-    """Without experts there is nothing to split by ep or etp."""
+    """Without experts there is nothing to split by ep, and no width of theirs."""
     if case.model.num_moe_experts:
         return
     layout = case.layout
@@ -22,7 +25,20 @@ def expert_sizes_have_experts(case: Case) -> Iterator[BrokenRule]:
             numbers=f"ep {layout.ep}, no experts",
             fix=f"--layout.ep 1, or --model.num-moe-experts {layout.ep}",
         )
-    if layout.etp not in (1, layout.tp):
+    width, frequency = case.of_model("moe_ffn_hidden_size"), case.of_model("moe_layer_freq", 1)
+    some_dense = 0 in frequency if isinstance(frequency, (list, tuple)) else frequency > 1
+    if width and not (some_dense and not megatron_core_is_before("0.17")):
+        yield BrokenRule(
+            rule="moe_ffn_hidden_size needs num_moe_experts",
+            numbers=f"moe_ffn_hidden_size {width}, no experts",
+            fix="a model without moe_ffn_hidden_size",
+        )
+
+
+def expert_tensor_size_has_experts(case: Case) -> Iterator[BrokenRule]:
+    """Without experts there is nothing to split by etp, which Megatron-Core would leave unsaid."""
+    layout = case.layout
+    if not case.model.num_moe_experts and layout.etp not in (1, layout.tp):
         yield BrokenRule(
             rule="etp above 1 needs num_moe_experts",
             numbers=f"etp {layout.etp}, no experts",
@@ -48,6 +64,47 @@ def router_has_enough_experts(case: Case) -> Iterator[BrokenRule]:
                 topk.setting.format(experts),
                 case.model_amount("num_moe_experts").setting.format(topk.value),
             ),
+        )
+
+
+def routers_of_one_expert_learn(case: Case) -> Iterator[BrokenRule]:
+    """A softmax over the one expert that was chosen is 1: the router would have no gradient.
+
+    `TransformerConfig` refuses it, of models without experts too.
+    """
+    single = case.of_model("moe_router_topk", _DEFAULT_TOPK) == 1
+    scored_after = not case.of_model("moe_router_pre_softmax", False)
+    is_softmax = case.of_model("moe_router_score_function", "softmax") == "softmax"
+    sinkhorn = case.of_model("moe_router_load_balancing_type") == "sinkhorn"
+    if single and is_softmax and scored_after and not sinkhorn:
+        yield BrokenRule(
+            rule="moe_router_topk 1 needs moe_router_pre_softmax",
+            numbers="moe_router_topk 1, moe_router_pre_softmax False",
+            fix="--model.transformer.moe_router_pre_softmax True, "
+            "or --model.transformer.moe_router_topk 2",
+        )
+
+
+def dispatcher_takes_what_is_asked(case: Case) -> Iterator[BrokenRule]:
+    """Shared experts overlap with an all-to-all, and rows of other lengths are no all-gather's.
+
+    Packed documents give rows of other lengths; stages are told how long each is.
+    """
+    dispatcher = case.of_model("moe_token_dispatcher_type")
+    shared = case.of_model("moe_shared_expert_intermediate_size")
+    if shared and case.of_model("moe_shared_expert_overlap") and dispatcher != "alltoall":
+        yield BrokenRule(
+            rule="moe_shared_expert_overlap needs moe_token_dispatcher_type alltoall",
+            numbers=f"moe_token_dispatcher_type {dispatcher or _DEFAULT_DISPATCHER}",
+            fix="--model.transformer.moe_token_dispatcher_type alltoall, "
+            "or --model.transformer.moe_shared_expert_overlap False",
+        )
+    if case.data.pack_documents and case.layout.pp > 1 and dispatcher == "allgather":
+        yield BrokenRule(
+            rule="packed documents with pp above 1 need moe_token_dispatcher_type alltoall",
+            numbers=f"moe_token_dispatcher_type allgather, pp {case.layout.pp}",
+            fix="--model.transformer.moe_token_dispatcher_type alltoall, or --layout.pp 1, "
+            "or --data.pack-documents False",
         )
 
 
@@ -101,8 +158,11 @@ def shared_experts_have_no_bias(case: Case) -> Iterator[BrokenRule]:
 
 RULES: tuple[Rule, ...] = (
     expert_sizes_have_experts,
+    expert_tensor_size_has_experts,
     experts_split,
     router_has_enough_experts,
+    routers_of_one_expert_learn,
+    dispatcher_takes_what_is_asked,
     expert_width_splits,
     shared_expert_width_splits,
     experts_need_sequence_parallelism,

@@ -78,10 +78,23 @@ def layers_are_divided_in_one_way(case: Case) -> Iterator[BrokenRule]:
         )
 
 
+def uneven_ends_have_stages(case: Case) -> Iterator[BrokenRule]:
+    """There is a stage for each uneven end: of the two of one stage Megatron-Core builds one."""
+    pp, ends = case.layout.pp, _uneven_ends(case)
+    if len(ends) > pp and not case.of_model(_STAGES):
+        yield BrokenRule(
+            rule=f"{_FIRST} and {_LAST} need pp above 1",
+            numbers=f"{ends[0]} and {ends[1]} layers, pp {pp}",
+            fix="--layout.pp 2, or neither of them",
+        )
+
+
 def layers_divide(case: Case) -> Iterator[BrokenRule]:
     """Every model chunk gets the number of layers that Megatron-Core will build."""
     layout, layers = case.layout, case.model_amount("num_layers")
-    if case.of_model(_STAGES) or _layers_fit(case, layers.value, layout):
+    if case.of_model(_STAGES) or any(uneven_ends_have_stages(case)):
+        return
+    if _layers_fit(case, layers.value, layout):
         return
     most = layers.value + 8 * layout.pp * layout.vpp
     yield BrokenRule(
@@ -97,16 +110,13 @@ def layers_divide(case: Case) -> Iterator[BrokenRule]:
     )
 
 
-def stage_layout_fits(case: Case) -> Iterator[BrokenRule]:
-    """A written-out stage layout has a stage for each chunk, and all the layers.
+def stage_layout_has_stages(case: Case) -> Iterator[BrokenRule]:
+    """A written-out stage layout has a stage for each chunk.
 
     With another number of chunks, Megatron-Core would leave some out without a word.
     """
-    written = case.of_model(_STAGES)
-    if not isinstance(written, (str, list, tuple)):
-        return
-    layout, stages = case.layout, stages_of(written)
-    if len(stages) != layout.pp * layout.vpp:
+    layout, stages = case.layout, _written_stages(case)
+    if stages and len(stages) != layout.pp * layout.vpp:
         yield BrokenRule(
             rule=f"{_STAGES} must have pp * vpp stages",
             numbers=f"{len(stages)} stages, pp * vpp = {layout.pp} * {layout.vpp}",
@@ -115,6 +125,16 @@ def stage_layout_fits(case: Case) -> Iterator[BrokenRule]:
                 f"{layout.pp * layout.vpp} stages",
             ),
         )
+
+
+def stage_layout_fits(case: Case) -> Iterator[BrokenRule]:
+    """A written-out stage layout has all the layers, each where Megatron-Core can have it.
+
+    Source: `PipelineParallelLayerLayout.validate_layer_layout`, 0.16.1 to 0.19.
+    """
+    stages = _written_stages(case)
+    if not stages:
+        return
     decoders = sum(map(decoder_layers, stages))
     if decoders != case.model.num_layers:
         yield BrokenRule(
@@ -122,6 +142,52 @@ def stage_layout_fits(case: Case) -> Iterator[BrokenRule]:
             numbers=f"{decoders} of them, num_layers {case.model.num_layers}",
             fix=f"--model.num-layers {decoders}, or {case.model.num_layers} of them",
         )
+    yield from _ends_of_stage_layout_fit(stages)
+    yield from _predictions_of_stage_layout_fit(case, stages)
+
+
+def _ends_of_stage_layout_fit(stages: Sequence[Sequence[Any]]) -> Iterator[BrokenRule]:
+    kinds = [kind for stage in stages for kind in layer_kinds(stage)] or ["nothing"]
+    embeddings, losses = kinds.count("embedding"), kinds.count("loss")
+    if (kinds[0], kinds[-1], embeddings, losses) != ("embedding", "loss", 1, 1):
+        yield BrokenRule(
+            rule=f"{_STAGES} must begin with its one embedding and end with its one loss",
+            numbers=f"embedding {embeddings} times, loss {losses} times, "
+            f"{kinds[0]} first and {kinds[-1]} last",
+            fix="E first and L last",
+        )
+
+
+def _predictions_of_stage_layout_fit(
+    case: Case, stages: Sequence[Sequence[Any]]
+) -> Iterator[BrokenRule]:
+    wanted, layout = case.of_model("mtp_num_layers", 0), case.layout
+    written = [layer_kinds(stage).count("mtp") for stage in stages]
+    if sum(written) != wanted:
+        yield BrokenRule(
+            rule=f"{_STAGES} must have mtp_num_layers layers of multi-token prediction",
+            numbers=f"{sum(written)} of them, mtp_num_layers {wanted}",
+            fix=f"--model.transformer.mtp_num_layers {sum(written)}, or {wanted} of them"
+            if sum(written)
+            else f"{wanted} of them",
+        )
+        return
+    # What comes after the last decoder layer, and is not before any rank's last chunk.
+    decoders = [place for place, stage in enumerate(stages) if decoder_layers(stage)]
+    earliest = max([layout.pp * (layout.vpp - 1), *decoders])
+    places = [place for place, count in enumerate(written) if count]
+    torn = any("decoder" in _after_the_first(stage, "mtp") for stage in map(layer_kinds, stages))
+    if wanted and (len(places) > 1 or places[0] < earliest or torn):
+        yield BrokenRule(
+            rule=f"{_STAGES} must have all mtp layers in one stage, the last chunk of its rank, "
+            "and after all decoder layers",
+            numbers=f"in stages {', '.join(map(str, places))} of {len(stages)}",
+            fix=f"{'m' * wanted}L in the last stage",
+        )
+
+
+def _after_the_first(kinds: list[str], kind: str) -> list[str]:
+    return kinds[kinds.index(kind) :] if kind in kinds else []
 
 
 def tied_weights_can_be_saved(case: Case) -> Iterator[BrokenRule]:
@@ -138,6 +204,11 @@ def tied_weights_can_be_saved(case: Case) -> Iterator[BrokenRule]:
             "share_embeddings_and_output_weights True",
             fix="--model.share-embeddings-and-output-weights False, or --layout.pp 1",
         )
+
+
+def _written_stages(case: Case) -> list[Sequence[Any]]:
+    written = case.of_model(_STAGES)
+    return stages_of(written) if isinstance(written, (str, list, tuple)) else []
 
 
 def _layers_fit(case: Case, layers: int, layout: ParallelLayout) -> bool:
@@ -193,11 +264,45 @@ def stages_of(written: str | Sequence[Sequence[Any]]) -> list[Sequence[Any]]:
     return list(text.split("|"))
 
 
-def decoder_layers(stage: Sequence[Any]) -> int:
+_LETTERS = {"E": "embedding", "t": "decoder", "m": "mtp", "L": "loss"}
+
+
+def layer_kinds(stage: Sequence[Any]) -> list[str]:
+    """Return what a stage is made of, in Megatron-Core's names of its `LayerType`."""
     if isinstance(stage, str):
-        return stage.count("t")
-    names = [str(getattr(layer, "name", layer)) for layer in stage]
-    return sum(name.strip().lower() == "decoder" for name in names)
+        return [_LETTERS.get(letter, letter) for letter in stage]
+    return [str(getattr(layer, "name", layer)).strip().lower() for layer in stage]
+
+
+def decoder_layers(stage: Sequence[Any]) -> int:
+    """Return the decoder layers of a stage that is written out."""
+    return layer_kinds(stage).count("decoder")
+
+
+def layer_counts(case: Case) -> list[int]:
+    """Return the layers of each stage, as `get_num_layers_to_build` counts them.
+
+    In the order in which a micro-batch goes through the stages; the layers must divide.
+    Source: megatron/core/transformer/transformer_block.py, 0.16.1 to 0.19.
+    """
+    pp, vpp = case.layout.pp, case.layout.vpp
+    written = case.of_model(_STAGES)
+    if written:
+        return [decoder_layers(stage) for stage in stages_of(written)]
+    first, last = case.of_model(_FIRST), case.of_model(_LAST)
+    embedding, loss = bool(case.of_model(_EMBEDDING)), bool(case.of_model(_LOSS))
+    between = pp - (first is not None) - (last is not None)
+    rest = case.model.num_layers - (first or 0) - (last or 0) + embedding + loss
+    even = rest // between if between else 0
+    ranks = [even] * pp
+    if first is not None:
+        ranks[0] = first
+    if last is not None:
+        ranks[-1] = last
+    counts = [layers // vpp for layers in ranks] * vpp
+    counts[0] -= embedding
+    counts[-1] -= loss
+    return counts
 
 
 RULES: tuple[Rule, ...] = (
@@ -205,7 +310,9 @@ RULES: tuple[Rule, ...] = (
     interleaved_stages_pair_messages,
     plain_stages_do_not_overlap,
     layers_are_divided_in_one_way,
+    uneven_ends_have_stages,
     layers_divide,
+    stage_layout_has_stages,
     stage_layout_fits,
     tied_weights_can_be_saved,
 )

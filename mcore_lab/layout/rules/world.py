@@ -53,10 +53,14 @@ def sizes_are_set_in_the_layout(case: Case) -> Iterator[BrokenRule]:
 
 
 def order_names_each_dimension(case: Case) -> Iterator[BrokenRule]:
-    """The order is a permutation of the five dimensions."""
-    if not _is_permutation(case.layout.order):
+    """The order has a place for each dimension of more than one rank, in either grid.
+
+    Source: `RankGenerator` of megatron/core/parallel_state.py, 0.16.1 to 0.19.
+    """
+    if not _places_dimensions(case.layout, case.world_size):
         yield BrokenRule(
-            rule="order must name each of tp, cp, ep, dp and pp once",
+            rule="order must name each of tp, cp, ep, dp and pp once; "
+            "one of size 1 may be left out",
             numbers=f"order {case.layout.order!r}",
             fix=f"--layout.order {_DEFAULT_ORDER}",
         )
@@ -91,7 +95,7 @@ def pipelines_agree(case: Case) -> Iterator[BrokenRule]:
     # With pp last, a stage is one block of ranks, and the same one in both grids.
     if layout.pp == 1 or layout.order.endswith("pp"):
         return
-    if not _is_permutation(layout.order) or not _fills(world_size, layout):
+    if not _fills(world_size, layout) or not _places_dimensions(layout, world_size):
         return
     dp, edp = layout.data_parallel_size(world_size), layout.expert_data_parallel_size(world_size)
     dense = _pipeline_stride(layout.order, {"tp": layout.tp, "cp": layout.cp, "dp": dp})
@@ -147,8 +151,14 @@ def _with_pp_last(order: str) -> str:
     return "-".join([name for name in order.split("-") if name != "pp"] + ["pp"])
 
 
-def _is_permutation(order: str) -> bool:
-    return sorted(order.split("-")) == ["cp", "dp", "ep", "pp", "tp"]
+def _places_dimensions(layout: ParallelLayout, world_size: int) -> bool:
+    names = layout.order.split("-")
+    sizes = {"tp": max(layout.tp, layout.etp), "cp": layout.cp, "ep": layout.ep, "pp": layout.pp}
+    replicated = world_size > min(layout.tp * layout.cp, layout.etp * layout.ep) * layout.pp
+    sizes["dp"] = 2 if replicated else 1
+    return set(names) <= set(sizes) and all(
+        names.count(name) == 1 for name, size in sizes.items() if size > 1
+    )
 
 
 RULES: tuple[Rule, ...] = (
