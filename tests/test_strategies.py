@@ -13,9 +13,14 @@ from small_runs import changed, grad_norms, losses, run
 from mcore_lab.cli.arguments import usual_world
 from mcore_lab.config import Recipe
 from mcore_lab.layout import ParallelLayout
-from mcore_lab.recipes import load_recipe, recipe_names, shown_layer
+from mcore_lab.recipes import later_layouts, load_recipe, recipe_names, shown_layer
 
-STRATEGIES = [name for name in recipe_names() if name != "text_gpt" and not shown_layer(name)]
+# A recipe of several layouts goes on from checkpoints of its own: see test_reshard_gpt.py.
+STRATEGIES = [
+    name
+    for name in recipe_names()
+    if name != "text_gpt" and not shown_layer(name) and not later_layouts(name)
+]
 STEPS = 10
 
 

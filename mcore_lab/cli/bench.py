@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     arguments, nproc = recipe_arguments(f"bench {name}", what, argv[1:])
     recipe = arguments.recipe
     if broken := recipe.layout.check(recipe.model, recipe.data, nproc):
-        raise LayoutError(broken_rules(recipe, nproc, broken))
+        raise LayoutError(broken_rules(recipe.name, nproc, broken))
     return (_step if name == "step" else _checkpoint)(arguments, nproc)
 
 

@@ -8,7 +8,9 @@ from typing import Any
 
 from mcore_lab.cli.arguments import recipe_arguments
 from mcore_lab.config import Recipe
+from mcore_lab.errors import LayoutError
 from mcore_lab.layout import BrokenRule
+from mcore_lab.recipes.legs import Leg, legs
 from mcore_lab.report.tables import print_json, print_table
 
 _WHAT = "Hold a recipe's layout against its model, its data and the number of ranks; start nothing."
@@ -30,24 +32,52 @@ _OF_EXPERTS = ("ep", "etp", "edp")
 def main(argv: Sequence[str]) -> int:
     """Print the layout's sizes, or every rule that it breaks; return 0 or 2."""
     arguments, nproc = recipe_arguments("check", _WHAT, argv)
-    recipe = arguments.recipe
-    broken = recipe.layout.check(recipe.model, recipe.data, nproc)
-    sizes = {} if broken else layout_sizes(recipe, nproc)
+    parts = legs(arguments.recipe, nproc)
+    found = [leg.broken_rules() for leg in parts]
     if arguments.json:
-        result = {"recipe": recipe.name, "nproc": nproc, "ok": not broken}
-        print_json(result | {"sizes": sizes, "broken": [asdict(rule) for rule in broken]})
-    elif broken:
-        print(broken_rules(recipe, nproc, broken))
+        results = [_result(leg, broken) for leg, broken in zip(parts, found, strict=True)]
+        # A recipe of several layouts has a result for each, beside that of the one it begins in.
+        more = {"legs": results} if len(parts) > 1 else {}
+        print_json(results[0] | {"ok": not any(found)} | more)
     else:
-        print(f"{recipe.name} on {_ranks(nproc)}: ok")
-        print_table(("name", "size", "meaning"), _rows(recipe, sizes))
-    return 2 if broken else 0
+        for leg, broken in zip(parts, found, strict=True):
+            _tell(leg, broken)
+    return 2 if any(found) else 0
 
 
-def broken_rules(recipe: Recipe, nproc: int, broken: Sequence[BrokenRule]) -> str:
+def require_no_broken_rules(recipe: Recipe, nproc: int) -> None:
+    """Raise LayoutError with the rules that the recipe's layout breaks, or one of its layouts."""
+    reports = [
+        broken_rules(leg.name, leg.ranks, broken)
+        for leg in legs(recipe, nproc)
+        if (broken := leg.broken_rules())
+    ]
+    if reports:
+        raise LayoutError("\n".join(reports))
+
+
+def broken_rules(name: str, nproc: int, broken: Sequence[BrokenRule]) -> str:
     """Return all broken rules, one a line, under a line that counts them."""
     rules = "1 broken rule" if len(broken) == 1 else f"{len(broken)} broken rules"
-    return "\n  ".join([f"{recipe.name} on {_ranks(nproc)}: {rules}", *map(str, broken)])
+    return "\n  ".join([f"{name} on {_ranks(nproc)}: {rules}", *map(str, broken)])
+
+
+def _result(leg: Leg, broken: Sequence[BrokenRule]) -> dict[str, Any]:
+    return {
+        "recipe": leg.recipe.name,
+        "nproc": leg.ranks,
+        "ok": not broken,
+        "sizes": {} if broken else layout_sizes(leg.recipe, leg.ranks),
+        "broken": [asdict(rule) for rule in broken],
+    }
+
+
+def _tell(leg: Leg, broken: Sequence[BrokenRule]) -> None:
+    if broken:
+        print(broken_rules(leg.name, leg.ranks, broken))
+        return
+    print(f"{leg.name} on {_ranks(leg.ranks)}: ok")
+    print_table(("name", "size", "meaning"), _rows(leg.recipe, layout_sizes(leg.recipe, leg.ranks)))
 
 
 def layout_sizes(recipe: Recipe, nproc: int) -> dict[str, int]:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from mcore_lab.cli.arguments import recipe_arguments, write_file
-from mcore_lab.cli.check import broken_rules
+from mcore_lab.cli.check import require_no_broken_rules
 from mcore_lab.config import LaunchSettings
-from mcore_lab.errors import LayoutError
 from mcore_lab.layout import RankShare, rank_shares
+from mcore_lab.recipes.legs import legs
 from mcore_lab.report import rank_map_svg
 from mcore_lab.report.rank_map import spans
 from mcore_lab.report.tables import print_json, print_table
@@ -33,20 +33,23 @@ def main(argv: Sequence[str]) -> int:
     """Print the map of ranks as a table, as JSON or, with `--svg FILE`, as a picture."""
     arguments, nproc = recipe_arguments("ranks", _WHAT, argv, RanksSettings)
     recipe, layout, picture = arguments.recipe, arguments.recipe.layout, arguments.own["svg"]
-    if broken := layout.check(recipe.model, recipe.data, nproc):
-        raise LayoutError(broken_rules(recipe, nproc, broken))
+    require_no_broken_rules(recipe, nproc)
     shares = rank_shares(layout, recipe.model, recipe.data, nproc)
     kinds = [kind for kind in _KINDS if recipe.model.num_moe_experts or kind not in _OF_EXPERTS]
     groups = {kind: layout.groups(kind, nproc) for kind in kinds}
+    then = [leg.place for leg in legs(recipe, nproc)[1:]]
     if picture:
         write_file("--svg", picture, rank_map_svg(f"{recipe.name} on {nproc} ranks", shares))
     if arguments.json:
         ranks = [asdict(share) for share in shares]
-        print_json({"recipe": recipe.name, "nproc": nproc, "ranks": ranks, "groups": groups})
+        answer = {"recipe": recipe.name, "nproc": nproc, "ranks": ranks, "groups": groups}
+        print_json(answer | ({"then": then} if then else {}))
     else:
         print_table(_columns(kinds), [_row(share, kinds) for share in shares])
         print()
         print_table(("groups", "ranks"), _group_rows(groups))
+        if then:
+            print(f"\nand then {', then '.join(then)}")
         if picture:
             print(f"\nwritten to {picture}", file=sys.stderr)
     return 0

@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     recipe = arguments.recipe
     nproc = smallest_world(recipe.layout) if arguments.nproc is None else arguments.nproc
     if broken := recipe.layout.check(recipe.model, recipe.data, nproc):
-        raise LayoutError(broken_rules(recipe, nproc, broken))
+        raise LayoutError(broken_rules(recipe.name, nproc, broken))
     written = reshard(source, target, recipe, nproc)
     if arguments.json:
         print_json({"checkpoint": str(written), "nproc": nproc})

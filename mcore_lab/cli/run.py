@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mcore_lab.cli.arguments import recipe_arguments
-from mcore_lab.cli.check import broken_rules
-from mcore_lab.errors import LayoutError
+from mcore_lab.cli.check import require_no_broken_rules
 from mcore_lab.report.tables import print_json
 
 _WHAT = "Train a recipe on N ranks of this machine: on its GPUs if there are enough, else on CPU."
@@ -15,9 +14,7 @@ _WHAT = "Train a recipe on N ranks of this machine: on its GPUs if there are eno
 def main(argv: Sequence[str]) -> int:
     """Check the layout, start the ranks, and return 0 when they have all finished."""
     arguments, nproc = recipe_arguments("run", _WHAT, argv)
-    recipe = arguments.recipe
-    if broken := recipe.layout.check(recipe.model, recipe.data, nproc):
-        raise LayoutError(broken_rules(recipe, nproc, broken))
+    require_no_broken_rules(arguments.recipe, nproc)
 
     from mcore_lab.recipes.start import launch_recipe
 

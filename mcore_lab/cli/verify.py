@@ -11,7 +11,7 @@ from mcore_lab.cli.arguments import recipe_arguments, require_writable, write_fi
 from mcore_lab.cli.check import broken_rules
 from mcore_lab.config import LaunchSettings, RunArguments
 from mcore_lab.errors import ConfigError, LayoutError
-from mcore_lab.recipes import shown_layer
+from mcore_lab.recipes import later_layouts, shown_layer
 from mcore_lab.report.tables import print_json, print_table
 
 if TYPE_CHECKING:
@@ -66,11 +66,16 @@ def _require_verifiable(arguments: RunArguments, nproc: int) -> None:
         raise ConfigError(
             f"{recipe.name} shows a layer and holds it against one rank itself: run it"
         )
+    if later_layouts(recipe.name):
+        raise ConfigError(
+            f"{recipe.name} goes through several layouts, and its losses are to be one rank's: "
+            "run it, or verify one of them (mcore-lab verify tp2_gpt)"
+        )
     if arguments.own["steps"] < 1:
         raise ConfigError(f"--steps expects 1 or more; got {arguments.own['steps']}")
     require_writable("--html", arguments.own["html"])
     if broken := recipe.layout.check(recipe.model, recipe.data, nproc):
-        raise LayoutError(broken_rules(recipe, nproc, broken))
+        raise LayoutError(broken_rules(recipe.name, nproc, broken))
     require_trainable(recipe)
     require_comparable(recipe)
 

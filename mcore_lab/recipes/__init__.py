@@ -6,10 +6,21 @@ import importlib
 import importlib.util
 import pkgutil
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from mcore_lab.config import Recipe, read_toml, recipe_from_toml, recipe_name
 from mcore_lab.errors import ConfigError, nearest
+from mcore_lab.layout import ParallelLayout
+
+
+@dataclass(frozen=True, kw_only=True)
+class NextLayout:
+    """A layout on which a run goes on, from the checkpoint that it has written on the last one."""
+
+    layout: ParallelLayout
+    ranks: int | None = None
+    """The first of all ranks, no more than there were before; those of the whole run if not set."""
 
 
 def recipe_names() -> list[str]:
@@ -51,6 +62,13 @@ def shown_layer(name: str) -> str | None:
     layer = _said_by(name, "LAYER", None)
     assert layer is None or isinstance(layer, str)
     return layer
+
+
+def later_layouts(name: str) -> tuple[NextLayout, ...]:
+    """Return the layouts on which the recipe goes on after its own; most have none."""
+    layouts = _said_by(name, "THEN", ())
+    assert isinstance(layouts, tuple)
+    return layouts
 
 
 def describe(name: str) -> str:

@@ -37,17 +37,22 @@ class World:
 
 
 @contextmanager
-def process_group(*, device: str = "auto", timeout_minutes: float = 10) -> Iterator[World]:
+def process_group(
+    *, ranks: int | None = None, device: str = "auto", timeout_minutes: float = 10
+) -> Iterator[World]:
     """Join the process group that torchrun or `launch` describes; leave it at the end.
 
-    Without either there is one rank. On CPU `mcore_lab.cpu` is enabled first. The body calls
-    `parallel_state.initialize_model_parallel`, or uses `model_parallel` in the place of this.
+    Without either there is one rank. With `ranks` the first of them are in it, and no other comes
+    here: of groups that follow each other, none is larger than the one before. On CPU
+    `mcore_lab.cpu` is enabled first. The body calls `parallel_state.initialize_model_parallel`, or
+    uses `model_parallel` in the place of this.
     """
     _describe_one_rank_if_alone()
-    local_size = int(os.environ["LOCAL_WORLD_SIZE"])
+    size = ranks or int(os.environ["WORLD_SIZE"])
+    local_size = min(size, int(os.environ["LOCAL_WORLD_SIZE"]))
     world = World(
         rank=int(os.environ["RANK"]),
-        size=int(os.environ["WORLD_SIZE"]),
+        size=size,
         local_rank=int(os.environ["LOCAL_RANK"]),
         local_size=local_size,
         device=choose_device(local_size, device),
@@ -91,7 +96,7 @@ def model_parallel(
 
 
 def _join(world: World, timeout: timedelta) -> None:
-    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    store, rank, size = next(dist.rendezvous("env://", world.rank, world.size, timeout=timeout))
     # torchrun's store outlives a group, and the next one would find the addresses of the last.
     dist.init_process_group(
         world.device.communication,

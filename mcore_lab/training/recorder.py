@@ -38,6 +38,22 @@ class Summary:
     """The last checkpoint that was written."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class LegSummary(Summary):
+    """How a leg of a run ended, and where it ran."""
+
+    ranks: int
+    layout: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SummaryOfLegs(Summary):
+    """How a run of several layouts ended."""
+
+    legs: tuple[LegSummary, ...]
+    """In the order in which they ran; a run that goes on has those that it had left."""
+
+
 class Recorder:
     """Keeps the run folder and talks to a person."""
 
@@ -64,7 +80,8 @@ class Recorder:
         _LOGGER.info("rank %d of %d, process %d", world.rank, world.size, os.getpid())
         device = world.device
         self._console.begin(first_step, recipe.training.steps)
-        self._console.say(f"{recipe.name}: {world.size} ranks, run folder {self.folder.path}")
+        ranks = "1 rank" if world.size == 1 else f"{world.size} ranks"
+        self._console.say(f"{recipe.name}: {ranks}, run folder {self.folder.path}")
         self._console.say(f"device {device.type} with {device.communication}: {device.reason}")
         self._console.say(f"backend {backend.name}: {backend.reason}")
 
