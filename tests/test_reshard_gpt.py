@@ -108,13 +108,14 @@ def test_the_legs_that_are_left_are_run(
         (
             ["--nproc", "3"],
             [
-                "error: reshard_gpt on 3 ranks: 2 broken rules",
+                "error: reshard_gpt, leg 1 of 3, on 3 ranks: 1 broken rule",
                 "  world size must be a multiple of tp * cp * pp: "
                 "world size 3, tp * cp * pp = 2 * 1 * 1 = 2; "
                 "use --layout.tp 1 or 3, or 2 or 4 ranks",
-                "  global_batch_size must be a multiple of micro_batch_size * dp: "
-                "global_batch_size 8, micro_batch_size * dp = 1 * 3 = 3; "
-                "use --data.global-batch-size 6 or 9",
+                "reshard_gpt, leg 2 of 3, on 3 ranks: 1 broken rule",
+                "  world size must be a multiple of tp * cp * pp: "
+                "world size 3, tp * cp * pp = 1 * 1 * 2 = 2; "
+                "use --layout.pp 1 or 3, or 2 or 4 ranks",
             ],
         ),
         (
