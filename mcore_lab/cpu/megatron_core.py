@@ -215,7 +215,7 @@ def steps_of_adam_before_the_first() -> None:
     """Megatron-Core gives Adam its state before the first step, as checkpoints need it.
 
     It has no `step` then, which Transformer Engine's and Apex's Adam do not keep there; torch's
-    does, and the distributed optimizer reads it.
+    does, and the distributed optimizer reads it, as one for all of a rank's weights.
     """
     kind: Any = importlib.import_module("megatron.core.optimizer").DistributedOptimizer
     state_dict = kind.state_dict
@@ -223,14 +223,34 @@ def steps_of_adam_before_the_first() -> None:
     @functools.wraps(state_dict)
     def state_dict_with_steps(self: Any) -> dict[str, Any]:
         adam = getattr(self, "optimizer", None)
-        if isinstance(adam, torch.optim.Adam):
-            for state in adam.state.values():
-                if "exp_avg" in state:
-                    state.setdefault("step", torch.tensor(0.0))
-        whole: dict[str, Any] = state_dict(self)
-        return whole
+        if not isinstance(adam, torch.optim.Adam):
+            return state_dict(self)
+        for state in adam.state.values():
+            state.setdefault("step", torch.tensor(0.0))
+        has_none = not adam.state
+        if has_none:
+            adam.state["of no weight"] = {"step": torch.tensor(0.0)}  # type: ignore[index]
+        try:
+            return state_dict(self)
+        finally:
+            if has_none:
+                adam.state.clear()
 
     kind.state_dict = state_dict_with_steps
+    load = kind.load_parameter_state_from_fully_reshardable
+
+    @functools.wraps(load)
+    def load_without_steps(self: Any, state: dict[str, Any]) -> None:
+        adam = getattr(self, "optimizer", None)
+        states = list(adam.state.values()) if isinstance(adam, torch.optim.Adam) else []
+        # What is loaded has none: they are in what all ranks have alike.
+        steps = [(kept, kept.pop("step")) for kept in states if "step" in kept]
+        load(self, state)
+        for kept, step in steps:
+            # Each a count of its own: one that all share would count every weight's updates.
+            kept["step"] = step.clone()
+
+    kind.load_parameter_state_from_fully_reshardable = load_without_steps
 
 
 def numpy_from_cpu_tensors() -> None:

@@ -81,6 +81,14 @@ def _stay(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     return tensor
 
 
+def _cuda(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """`x.expand(5, n).cuda()` has rows of its own there, which can be written to one by one."""
+    is_repeated = any(
+        stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+    )
+    return tensor.contiguous() if is_repeated else tensor
+
+
 def _device(*args: Any, **kwargs: Any) -> torch.device:
     """`torch.device(0)` is a device of the accelerator, which a CPU build of torch lacks."""
     if args and isinstance(args[0], int):
@@ -93,7 +101,7 @@ _METHODS: dict[Any, Callable[..., Any]] = {
     torch.Tensor.to: _to,
     torch.Tensor.type: _type,
     torch.Tensor.cpu: torch.Tensor.clone,
-    torch.Tensor.cuda: _stay,
+    torch.Tensor.cuda: _cuda,
     torch.Tensor.pin_memory: _stay,
 }
 

@@ -348,3 +348,10 @@ def test_this_process_is_left_as_it_was() -> None:
         assert not torch.cuda.is_available()
     assert torch.ones(1).type() == "torch.FloatTensor"
     assert threading.Thread.start.__module__ == "threading"
+
+
+@on_ranks(1)
+def test_rows_that_are_one_row_repeated_are_rows_of_their_own_on_the_device() -> None:
+    rows = torch.arange(3).expand(2, 3).cuda()
+    rows[0, 0] = 7
+    assert rows.tolist() == [[7, 1, 2], [0, 1, 2]]
