@@ -19,7 +19,7 @@ from mcore_lab.checkpoint.integrity import differences
 from mcore_lab.checkpoint.manifest import MANIFEST, files_in, read_manifest
 from mcore_lab.checkpoint.publication import prune
 from mcore_lab.checkpoint.trust import read_metadata
-from mcore_lab.cli import export, reshard
+from mcore_lab.cli import export, importing, reshard
 from mcore_lab.cli.arguments import Parser
 from mcore_lab.errors import CheckpointError, ConfigError
 from mcore_lab.report.tables import print_json, print_table
@@ -29,6 +29,7 @@ _PATH = "a checkpoint, or a run's folder for its latest"
 _MODULES = {
     "reshard": (reshard.main, "write a checkpoint as another layout would have"),
     "export": (export.main, "write a checkpoint's weights as safetensors"),
+    "import": (importing.main, "make a checkpoint of weights in safetensors files"),
 }
 """Commands that have modules of their own; the options of some are those of a recipe."""
 
