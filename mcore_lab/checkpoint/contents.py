@@ -26,6 +26,7 @@ class Chunk(NamedTuple):
     """A part of a tensor, and where its bytes are."""
 
     offsets: tuple[int, ...]
+    shape: tuple[int, ...]
     file: str
     position: int
     length: int
@@ -86,14 +87,23 @@ class StoredFile:
 def tensors_of(folder: Path) -> dict[str, Tensor]:
     """Return the tensors of a checkpoint by name. Raises CheckpointError if it cannot be read."""
     metadata = read_metadata(folder)
+    tensors = {
+        name: kind for name, kind in metadata.state_dict_metadata.items() if hasattr(kind, "size")
+    }
+    shapes = {
+        (name, tuple(chunk.offsets)): tuple(chunk.sizes)
+        for name, kind in tensors.items()
+        for chunk in kind.chunks
+    }
     chunks = defaultdict(list)
     for index, place in metadata.storage_data.items():
-        offsets = tuple(getattr(index, "offset", None) or ())
-        chunks[index.fqn].append(Chunk(offsets, place.relative_path, place.offset, place.length))
+        where = (index.fqn, tuple(getattr(index, "offset", None) or ()))
+        if where in shapes:
+            file = (place.relative_path, place.offset, place.length)
+            chunks[index.fqn].append(Chunk(where[1], shapes[where], *file))
     return {
         name: Tensor(name, tuple(kind.size), _dtype(kind), tuple(chunks[name]))
-        for name, kind in metadata.state_dict_metadata.items()
-        if hasattr(kind, "size")
+        for name, kind in tensors.items()
     }
 
 

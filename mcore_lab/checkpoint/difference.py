@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import torch
 
 from mcore_lab.checkpoint.contents import Tensor, tensors_of
-from mcore_lab.checkpoint.failures import failures_explained
+from mcore_lab.checkpoint.read import read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,20 +39,6 @@ def compared(one: Path, other: Path) -> Iterator[TensorDifference]:
             yield TensorDifference(name=name, largest=None, relative=None, remark=remark)
         else:
             yield _difference(name, read(one, ours[name]), read(other, theirs[name]))
-
-
-def read(folder: Path, tensor: Tensor) -> torch.Tensor:
-    """Return a whole tensor of a checkpoint, put together of the parts that ranks have written."""
-    with failures_explained("read", folder):
-        whole = torch.empty(tensor.shape, dtype=getattr(torch, tensor.dtype))
-        for chunk in tensor.chunks:
-            with (folder / chunk.file).open("rb") as file:
-                file.seek(chunk.position)
-                stored = io.BytesIO(file.read(chunk.length))
-            part = torch.load(stored, map_location="cpu", weights_only=True)
-            sides = zip(chunk.offsets, part.shape, strict=True)
-            whole[tuple(slice(start, start + size) for start, size in sides)] = part
-        return whole
 
 
 def _remark(ours: Tensor | None, theirs: Tensor | None) -> str:

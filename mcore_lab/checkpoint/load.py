@@ -123,6 +123,26 @@ def tensors_in(path: Path) -> dict[str, ShardedTensor]:
     return there
 
 
+def shapes_of_all_ranks(state: dict[str, Any]) -> dict[str, Shape]:
+    """Return the global shapes of a sharded state's tensors, by name; every rank calls this."""
+    of_ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, _shapes(nested_values(state)))
+    return {key: shape for one in of_ranks for key, shape in one.items()}
+
+
+def sharded_tensors(state: dict[str, Any]) -> Iterator[ShardedTensor]:
+    """Return the parts of tensors that a sharded state has on this rank, with their storage."""
+    yield from _sharded(nested_values(state))
+
+
+def _sharded(values: Iterable[Any]) -> Iterator[ShardedTensor]:
+    for value in values:
+        if isinstance(value, ShardedTensorFactory):
+            yield from _sharded(nested_values({"": value.build()}))
+        elif isinstance(value, ShardedTensor):
+            yield value
+
+
 def _put_weights(chunks: Sequence[torch.nn.Module], state: dict[str, Any]) -> None:
     with fail_together():
         for key in model_keys(chunks):
@@ -157,10 +177,8 @@ def _require_same_model(
     path: Path, there: dict[str, ShardedTensor], wanted: dict[str, Any]
 ) -> None:
     """Compare names and global shapes, of all ranks, before anything is read into the model."""
-    of_ranks: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(of_ranks, dict(_shapes(nested_values(wanted))))
-    shapes = {key: shape for one in of_ranks for key, shape in one.items()}
-    off = list(_differences(shapes, dict(_shapes(there.values()))))
+    shapes = shapes_of_all_ranks(wanted)
+    off = list(_differences(shapes, _shapes(there.values())))
     if off:
         more = f" (and {len(off) - _SHOWN} more)" if len(off) > _SHOWN else ""
         raise CheckpointError(
@@ -168,12 +186,8 @@ def _require_same_model(
         )
 
 
-def _shapes(values: Iterable[Any]) -> Iterator[tuple[str, Shape]]:
-    for value in values:
-        if isinstance(value, ShardedTensorFactory):
-            yield from _shapes(nested_values({"": value.build()}))
-        elif isinstance(value, ShardedTensor):
-            yield value.key, tuple(value.global_shape)
+def _shapes(values: Iterable[Any]) -> dict[str, Shape]:
+    return {tensor.key: tuple(tensor.global_shape) for tensor in _sharded(values)}
 
 
 def _differences(wanted: dict[str, Shape], there: dict[str, Shape]) -> Iterator[str]:

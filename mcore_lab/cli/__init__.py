@@ -18,7 +18,7 @@ COMMANDS = {
     "recipes": "list the recipes",
     "verify": "say whether a layout computes what one rank computes",
     "compare": "say from which step on two runs differ",
-    "checkpoint": "look at checkpoints, see that they are whole, write them for another layout",
+    "checkpoint": "look at checkpoints, see that they are whole, write them for others",
     "bench": "time a recipe's step, or the save and the load of its checkpoint",
     "doctor": "say what this machine has, what that allows, and what is missing",
 }

@@ -19,20 +19,25 @@ from mcore_lab.checkpoint.integrity import differences
 from mcore_lab.checkpoint.manifest import MANIFEST, files_in, read_manifest
 from mcore_lab.checkpoint.publication import prune
 from mcore_lab.checkpoint.trust import read_metadata
-from mcore_lab.cli import reshard
+from mcore_lab.cli import export, importing, reshard
 from mcore_lab.cli.arguments import Parser
 from mcore_lab.errors import CheckpointError, ConfigError
 from mcore_lab.report.tables import print_json, print_table
 
 _SIZES = ("tp", "cp", "pp", "vpp", "dp", "ep", "etp")
 _PATH = "a checkpoint, or a run's folder for its latest"
+_MODULES = {
+    "reshard": (reshard.main, "write a checkpoint as another layout would have"),
+    "export": (export.main, "write a checkpoint's weights as safetensors"),
+    "import": (importing.main, "make a checkpoint of weights in safetensors files"),
+}
+"""Commands that have modules of their own; the options of some are those of a recipe."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Look at checkpoints, see that they are whole, remove old ones, write them for a layout."""
-    if argv[:1] == ["reshard"]:
-        # Its options are those of a recipe.
-        return reshard.main(argv[1:])
+    """Look at checkpoints, see that they are whole, remove old ones, write them for others."""
+    if argv and argv[0] in _MODULES:
+        return _MODULES[argv[0]][0](argv[1:])
     options = _parser().parse_args(argv or ["--help"])
     status: int = options.function(options)
     return status
@@ -58,7 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     add(_diff, "A", "B")
     keep = add(_prune, "RUN")
     keep.add_argument("--keep", type=int, required=True, help="how many checkpoints stay")
-    commands.add_parser("reshard", help="write a checkpoint as another layout would have")
+    for name, (_, what) in _MODULES.items():
+        commands.add_parser(name, help=what)
     return parser
 
 

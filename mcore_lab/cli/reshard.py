@@ -32,7 +32,8 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(f"two folders come first: {_PROG} SRC DST ...")
     source, target = require_checkpoint(Path(argv[0])), Path(argv[1])
 
-    from mcore_lab.recipes.reshard import recipe_in, reshard
+    from mcore_lab.recipes.carried import recipe_in
+    from mcore_lab.recipes.reshard import reshard
 
     arguments = parse_recipe(recipe_in(source), argv[2:], _PROG)
     recipe = arguments.recipe

@@ -14,8 +14,9 @@ import torch
 from small_runs import SMALL, changed, run
 
 from mcore_lab.checkpoint.contents import stored_files, tensors_of
-from mcore_lab.checkpoint.difference import compared, read
+from mcore_lab.checkpoint.difference import compared
 from mcore_lab.checkpoint.manifest import MANIFEST, files_in
+from mcore_lab.checkpoint.read import read
 from mcore_lab.cli import main
 from mcore_lab.layout import ParallelLayout
 from mcore_lab.runtime import launch, model_parallel

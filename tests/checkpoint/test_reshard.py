@@ -10,7 +10,8 @@ from small_runs import SMALL, changed, losses, run
 
 from mcore_lab import cli
 from mcore_lab.errors import CheckpointError, LayoutError
-from mcore_lab.recipes.reshard import recipe_in, reshard
+from mcore_lab.recipes.carried import recipe_in
+from mcore_lab.recipes.reshard import reshard
 
 TP2 = {"tensor_model_parallel_size": 2}
 TP3 = {"tensor_model_parallel_size": 3}

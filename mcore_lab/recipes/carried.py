@@ -1,0 +1,37 @@
+"""The recipe that a checkpoint carries: that of the run which wrote it."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from mcore_lab import cpu
+from mcore_lab.checkpoint.trust import read_metadata
+from mcore_lab.config import Recipe, recipe_from_toml
+from mcore_lab.errors import CheckpointError
+
+
+def recipe_in(source: Path) -> Recipe:
+    """Return the recipe of the run that wrote the checkpoint. Raises CheckpointError."""
+    recipe = recipe_if_in(source)
+    if recipe is None:
+        raise CheckpointError(f"the checkpoint {source} does not hold the recipe of its run")
+    return recipe
+
+
+def recipe_if_in(source: Path) -> Recipe | None:
+    """Return the recipe of the run that wrote the checkpoint, or None where it holds none.
+
+    Raises CheckpointError if it cannot be read.
+    """
+    read_metadata(source)
+    cpu.preload()
+    from mcore_lab.checkpoint.load import common_state
+
+    toml = common_state(source).get("recipe")
+    if toml is None:
+        return None
+    with tempfile.TemporaryDirectory(prefix="mcore_lab-") as folder:
+        file = Path(folder) / "recipe.toml"
+        file.write_text(toml, encoding="utf-8")
+        return recipe_from_toml(file)
