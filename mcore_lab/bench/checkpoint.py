@@ -17,7 +17,7 @@ import torch.distributed as dist
 from mcore_lab.checkpoint import step_folder
 from mcore_lab.checkpoint.load import load_checkpoint
 from mcore_lab.checkpoint.manifest import files_in
-from mcore_lab.checkpoint.save import save_checkpoint
+from mcore_lab.checkpoint.save import Save, begin_save, save_checkpoint
 from mcore_lab.checkpoint.state import Progress
 from mcore_lab.config import Recipe, recipe_to_toml
 from mcore_lab.recipes.story import train
@@ -25,6 +25,9 @@ from mcore_lab.runtime import RankLog, process_group
 from mcore_lab.training import RunFolder
 from mcore_lab.training.console import Console
 from mcore_lab.training.recorder import Recorder
+
+_BYTES_AT_A_TIME = 2**23
+_POLL_SECONDS = 0.001
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,10 +42,16 @@ class CheckpointTimes:
     """Planned, written, hashed, on disk and published."""
     load_seconds: float
     """Held against its hashes, and read into the model and the optimizer."""
+    blocked_seconds: float
+    """How long a run waits for a save of `--checkpoint.async`: to begin it, and to publish it."""
+    disk_seconds: float
+    """How long the disk takes for as many bytes, from one process, in one file, synced."""
 
 
 def measure_on_rank(recipe: Recipe, rounds: int, folder: Path | None = None) -> CheckpointTimes:
     """Take a step, then save and load what it has led to, `rounds` times after a first.
+
+    Each round also saves in the background, and writes as many bytes to the disk.
 
     The checkpoints are written to a new folder in `folder`, or in the folder for temporary files.
     """
@@ -61,13 +70,11 @@ def measure_on_rank(recipe: Recipe, rounds: int, folder: Path | None = None) -> 
         )
         recorder.rounds, recorder.toml = rounds, recipe_to_toml(recipe)
         train(recipe, world, recorder)
-    saves, loads = recorder.saves[1:], recorder.loads[1:]
     return CheckpointTimes(
         recipe=recipe.name,
         rounds=rounds,
         size=recorder.size,
-        save_seconds=statistics.median(saves),
-        load_seconds=statistics.median(loads),
+        **{f"{name}_seconds": statistics.median(s[1:]) for name, s in recorder.seconds.items()},
     )
 
 
@@ -76,8 +83,9 @@ class _SavingRecorder(Recorder):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.saves: list[float] = []
-        self.loads: list[float] = []
+        self.seconds: dict[str, list[float]] = {
+            name: [] for name in ("save", "load", "blocked", "disk")
+        }
         self.rounds = self.size = 0
         self.toml = ""
 
@@ -88,11 +96,35 @@ class _SavingRecorder(Recorder):
             folder = step_folder(where[0], step)
             run = (model, optimizer, scheduler)
             progress = Progress(step, step)
-            save = partial(save_checkpoint, folder, *run, progress, self.toml, keep=1)
-            self.saves.append(_seconds(save))
-            self.loads.append(_seconds(partial(load_checkpoint, folder, *run)))
-        self.size = sum(file.stat().st_size for file in files_in(folder).values())
+            to_save = (folder, *run, progress, self.toml)
+            took = self.seconds
+            took["save"].append(_seconds(partial(save_checkpoint, *to_save, keep=1)))
+            took["load"].append(_seconds(partial(load_checkpoint, folder, *run)))
+            self.size = sum(file.stat().st_size for file in files_in(folder).values())
+            took["blocked"].append(_blocked_seconds(partial(begin_save, *to_save, keep=1)))
+            took["disk"].append(_seconds(partial(_write, where[0] / "bytes", self.size)))
         dist.barrier()  # The checkpoints are gone when rank 0 has ended.
+
+
+def _blocked_seconds(begin: Callable[..., Save]) -> float:
+    """Save in the background, and return how long the ranks cannot go on for it."""
+    begun: list[Save] = []
+    to_begin = _seconds(lambda: begun.append(begin(in_background=True)))
+    while not begun[0].is_written:
+        time.sleep(_POLL_SECONDS)
+    return to_begin + _seconds(begun[0].finish)
+
+
+def _write(file: Path, size: int) -> None:
+    """Write so many bytes to the disk, on rank 0."""
+    if dist.get_rank() != 0:
+        return
+    some = os.urandom(_BYTES_AT_A_TIME)
+    with file.open("wb", buffering=0) as stream:
+        for start in range(0, size, len(some)):
+            stream.write(some[: size - start])
+        os.fsync(stream.fileno())
+    file.unlink()
 
 
 def _seconds(body: Callable[[], object]) -> float:

@@ -77,8 +77,9 @@ def _checkpoint(arguments: RunArguments, nproc: int) -> int:
     if arguments.json:
         print_json(dataclasses.asdict(times) | {"nproc": nproc, "device": device})
         return 0
-    columns = ("recipe", "ranks", "rounds", "bytes", "save s", "load s")
-    seconds = (f"{times.save_seconds:.3f}", f"{times.load_seconds:.3f}")
+    columns = ("recipe", "ranks", "rounds", "bytes", "save s", "load s", "async waits s", "disk s")
+    measured = (times.save_seconds, times.load_seconds, times.blocked_seconds, times.disk_seconds)
+    seconds = [f"{number:.3f}" for number in measured]
     print_table(columns, [(times.recipe, nproc, times.rounds, f"{times.size:,}", *seconds)])
     return 0
 

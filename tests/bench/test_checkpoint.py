@@ -23,6 +23,7 @@ def test_a_checkpoint_with_the_optimizer_is_saved_and_loaded_and_nothing_is_left
         assert times.rounds == 2
         assert times.size > 3 * 59584 * 4
         assert times.save_seconds > 0 < times.load_seconds
+        assert times.blocked_seconds > 0 < times.disk_seconds
     assert not list(tmp_path.iterdir())
 
 

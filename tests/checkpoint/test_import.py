@@ -125,8 +125,8 @@ def test_a_run_begins_with_it_on_another_layout(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made_by_transformers(LlamaConfig(**SIZES), tmp_path / "theirs")
-    told = imported(capsys, tmp_path / "theirs", tmp_path / "ours", "--layout.tp", 2)
-    assert told["nproc"] == 2
+    told = imported(capsys, tmp_path / "theirs", tmp_path / "ours", "--layout.tp", 2, "--nproc", 4)
+    assert told["nproc"] == 4
     assert told["checkpoint"] == str(tmp_path / "ours" / "step-00000000")
     command = ["run", told["recipe"], "--nproc", "2", "--layout.tp", "1", "--layout.pp", "2"]
     command += ["--checkpoint.load", str(tmp_path / "ours"), "--training.steps", "1"]
