@@ -143,11 +143,11 @@ def train(
             scheduler.step(increment=1)
         mtp_loss = mean_mtp_loss(config, batches.num_microbatches)
         seconds = time.perf_counter() - started
-        consumed, progress = progress, progress.after_step_of(data.global_batch_size)
+        before, progress = progress, progress.after_step_of(data.global_batch_size)
         step = progress.step
         recorder.step(step, outcome.loss, grad_norm, lr, seconds, mtp_loss)
         if not outcome.is_finite:
-            batch = [batches.after(consumed.consumed_train_samples) for _ in model]
+            batch = [batches.after(before.consumed_train_samples) for _ in model]
             again = partial(microbatches, data_iterator=batch, forward_only=True)
             where = not_finite_where(model, outcome.loss, again)
             if training.on_not_finite == "stop":

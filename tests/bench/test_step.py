@@ -23,8 +23,8 @@ def test_both_loops_take_the_steps_that_are_timed() -> None:
 
 
 def test_a_benchmark_that_there_is_not_is_told_in_a_line() -> None:
-    words = [sys.executable, "-m", "mcore_lab", "bench", "stap", "--json"]
+    words = [sys.executable, "-m", "mcore_lab", "bench", "stpe", "--json"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    assert done.stderr == "error: no benchmark stap; did you mean step?\n"
-    assert json.loads(done.stdout) == {"error": "no benchmark stap; did you mean step?"}
+    assert done.stderr == "error: no benchmark stpe; did you mean step?\n"
+    assert json.loads(done.stdout) == {"error": "no benchmark stpe; did you mean step?"}
