@@ -145,7 +145,7 @@ def test_groups_that_megatron_refuses_are_those_that_break_a_rule(
         num_attention_heads=12,
         hidden_size=96,
         num_moe_experts=12,
-        transformer={"add_bias_linear": False},
+        transformer={"add_bias_linear": False, "attention_dropout": 0.0},
     )
     batch = layout.pp * max(1, world_size // replica)
     data = Data(sequence_length=288, micro_batch_size=1, global_batch_size=batch)
