@@ -87,6 +87,7 @@ def test_json_is_one_object_on_standard_output_and_nothing_else(finished: Any) -
 def test_a_run_leaves_a_folder_that_says_what_ran_and_what_came_of_it(finished: Any) -> None:
     folder = finished[0] / "runs" / "tp2_gpt"
     assert sorted(path.name for path in folder.iterdir()) == [
+        ".launch",
         "checkpoints",
         "logs",
         "metrics.jsonl",
