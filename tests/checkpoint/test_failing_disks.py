@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -127,7 +126,7 @@ def test_a_run_that_is_to_stop_ends_on_a_full_disk_with_the_last_checkpoint_as_i
 def test_a_folder_that_vanishes_during_a_save_is_told_and_the_run_goes_on(tmp_path: Path) -> None:
     checkpoints = tmp_path / "run" / "checkpoints"
     log = disturbed(
-        tmp_path / "run", 6, 1, lambda: shutil.rmtree(checkpoints), on_failure="continue"
+        tmp_path / "run", 6, 1, lambda: checkpoints.rename(tmp_path / "gone"), on_failure="continue"
     )
     assert f"cannot write the checkpoint {checkpoints / FAILING_STEP}: " in log
     assert "No such file or directory" in log
@@ -139,7 +138,13 @@ def test_the_last_checkpoint_cannot_be_missed(tmp_path: Path) -> None:
     """There is no later one that would hold what the run has learned, nor any before it."""
     checkpoints = tmp_path / "run" / "checkpoints"
     with pytest.raises(CheckpointError, match=f"{FAILING_STEP}: .*No such file or directory"):
-        disturbed(tmp_path / "run", 4, 0, lambda: shutil.rmtree(checkpoints), on_failure="continue")
+        disturbed(
+            tmp_path / "run",
+            4,
+            0,
+            lambda: checkpoints.rename(tmp_path / "gone"),
+            on_failure="continue",
+        )
 
 
 def test_a_read_only_folder_is_one_clear_error(tmp_path: Path) -> None:

@@ -118,6 +118,7 @@ def test_fresh_removes_the_run_and_nothing_else(run: RunFolder) -> None:
     assert contents(run.path) == dict.fromkeys(mine, b"mine") | {
         "recipe.toml": b'name = "y"\n',
         "metrics.jsonl": b"",
+        ".launch": b"",
     }
     assert not list(run.checkpoints.glob("step-*")) + list(run.checkpoints.glob(".step-*"))
 
