@@ -151,6 +151,7 @@ def test_torchrun_that_restarts_goes_on_from_the_last_checkpoint(tmp_path: Path)
         timeout=180,
     )
     assert finished.returncode == 0, finished.stderr
+    assert "Traceback" not in finished.stderr
     steps = [line.split()[1] for line in finished.stdout.splitlines() if line.startswith("step")]
     assert steps == ["1/6", "2/6", "3/6", "4/6", "5/6", "6/6"]
     metrics = RunFolder(tmp_path / "runs" / "tp2_gpt").metrics()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -91,8 +92,10 @@ def _soak(arguments: RunArguments, nproc: int) -> int:
     cpu.preload()
     from mcore_lab.bench.soak import soak
 
-    with tempfile.TemporaryDirectory(prefix="mcore_lab-") as folder:
-        result = soak(arguments.recipe, nproc, kills, Path(folder), seed=seed, tell=_tell_of_kills)
+    # What a failure has left is there to be looked at.
+    folder = Path(tempfile.mkdtemp(prefix="mcore_lab-"))
+    result = soak(arguments.recipe, nproc, kills, folder, seed=seed, tell=_tell_of_kills)
+    shutil.rmtree(folder)
     if arguments.json:
         print_json(dataclasses.asdict(result))
         return 0

@@ -187,8 +187,19 @@ def main(recipe: Recipe) -> None:
         summary = run_rank(arguments)
     except LabError as error:
         exit_with(error)
+    except Exception as error:
+        _exit_if_alone(error)
+        raise
     if arguments.json and summary and is_rank_0():
         print(json.dumps(dataclasses.asdict(summary)))
+
+
+def _exit_if_alone(error: Exception) -> None:
+    """End a rank whose group another has left, in a line: torchrun says which one, and why."""
+    from mcore_lab.runtime.together import lost_a_peer
+
+    if lost_a_peer(error):
+        exit_with(RankFailedError("another rank has failed or was killed; see what torchrun says"))
 
 
 def _torchrun_launch() -> str:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch.distributed import DistError, DistNetworkError
+from torch.distributed import DistNetworkError
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -34,6 +34,7 @@ from mcore_lab import cpu
 from mcore_lab.errors import LabError, PreemptedError, RankFailedError
 from mcore_lab.runtime.device import threads_per_rank
 from mcore_lab.runtime.ports import free_port
+from mcore_lab.runtime.together import lost_a_peer
 
 T = TypeVar("T")
 _LOST_PEER_SECONDS = 3.0
@@ -221,7 +222,7 @@ def _rank_main(
             return pickle.dumps(function(*args))
         except BaseException as error:
             _leave_failure(folder, rank, error)
-            if _lost_a_peer(error):
+            if lost_a_peer(error):
                 # The rank that was lost is the one to name: let it be seen to end before this one.
                 time.sleep(_LOST_PEER_SECONDS)
             _exit_without_a_word(error)
@@ -240,12 +241,6 @@ def _leave_failure(folder: Path, rank: int, error: BaseException) -> None:
     known = error if isinstance(error, LabError) else None
     failure = _Failure(rank, time.time(), known, traceback.format_exc())
     (folder / f"failure-{rank}").write_bytes(pickle.dumps(failure))
-
-
-def _lost_a_peer(error: BaseException) -> bool:
-    return isinstance(error, DistError) or (
-        isinstance(error, RuntimeError) and "gloo" in str(error).lower()
-    )
 
 
 def _exit_without_a_word(error: BaseException) -> None:
