@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import faulthandler
 import gc
 import logging
@@ -14,12 +15,10 @@ import re
 import signal
 import sys
 import tempfile
-import threading
 import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,6 +33,7 @@ from mcore_lab import cpu
 from mcore_lab.errors import LabError, PreemptedError, RankFailedError
 from mcore_lab.runtime.device import threads_per_rank
 from mcore_lab.runtime.ports import free_port
+from mcore_lab.runtime.signals import as_at_the_start_of_a_process, signals_reach_the_ranks
 from mcore_lab.runtime.together import lost_a_peer
 
 T = TypeVar("T")
@@ -42,7 +42,6 @@ _START_SECONDS = 120
 _PORTS = 5
 _OMP_PAUSE_HARD = 2
 _PR_SET_PDEATHSIG = 1
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _TALKATIVE = ("torch.distributed.elastic", "torch.multiprocessing.spawn")
 
 
@@ -69,7 +68,7 @@ def launch(
     with (
         tempfile.TemporaryDirectory(prefix="mcore_lab-") as folder,
         _quiet(),
-        _own_signals(),
+        signals_reach_the_ranks(),
         _frozen_garbage(),
     ):
         all_started = multiprocessing.get_context(method).Barrier(nproc)
@@ -104,6 +103,11 @@ def _on_a_free_port(nproc: int, method: str, rank_arguments: tuple[Any, ...]) ->
 
 
 def _config(nproc: int, method: str, port: int) -> LaunchConfig:
+    known = {field.name for field in dataclasses.fields(LaunchConfig)}
+    # No handlers but ours; earlier releases of torch cannot be asked, and set theirs over them.
+    without_torchs_handlers: dict[str, Any] = (
+        {"signals_to_handle": ""} if "signals_to_handle" in known else {}
+    )
     return LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -118,6 +122,7 @@ def _config(nproc: int, method: str, port: int) -> LaunchConfig:
         max_restarts=0,
         monitor_interval=0.1,
         start_method=method,
+        **without_torchs_handlers,
     )
 
 
@@ -145,31 +150,6 @@ def _frozen_garbage() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _own_signals() -> Iterator[None]:
-    """Pass SIGUSR1 on to the ranks; put back the handlers that torch's launcher replaces.
-
-    Those of torch pass the other signals on.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handlers = {number: signal.getsignal(number) for number in (*_SIGNALS, signal.SIGUSR1)}
-    signal.signal(signal.SIGUSR1, _pass_on)
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-def _pass_on(number: int, _: object) -> None:
-    for rank in multiprocessing.active_children():
-        if rank.pid is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(rank.pid, number)
-
-
-@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep torch from telling of a failure as well: once, and by us, is enough."""
     # Each of them has a level of its own, so that a parent's does not count.
@@ -185,7 +165,7 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class _Failure:
     """What a rank leaves behind when it fails."""
 
@@ -202,9 +182,7 @@ def _rank_main(
     function: Callable[..., T],
     args: tuple[Any, ...],
 ) -> bytes:
-    # A rank that is told to end has nothing to save, and in a wait of C++ would not hear of it.
-    for number in (*_SIGNALS, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_DFL)
+    as_at_the_start_of_a_process()
     # 0.16 writes checkpoints in processes that the rank forks, which would wait for it for ever.
     end_with_parent()
     os.register_at_fork(after_in_child=end_with_parent)

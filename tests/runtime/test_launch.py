@@ -246,6 +246,44 @@ def test_no_rank_outlives_the_launching_process(number: signal.Signals, whole_gr
             time.sleep(0.05)
 
 
+SIGNALLED_WHILE_FORKING = """
+import os, signal
+from mcore_lab.errors import RankFailedError
+from mcore_lab.runtime import launch
+def once(number):
+    numbers = [number]
+    return lambda: numbers and os.kill(os.getpid(), numbers.pop())
+for moment, number in (
+    ("before", signal.SIGINT),
+    ("before", signal.SIGTERM),
+    ("after_in_parent", signal.SIGINT),
+    ("after_in_child", signal.SIGTERM),
+):
+    os.register_at_fork(**{moment: once(number)})
+    try:
+        launch(signal.pause, 2, timeout=20)
+    except (KeyboardInterrupt, SystemExit, RankFailedError) as error:
+        print(type(error).__name__, str(error).partition(" (")[0])
+"""
+
+
+def test_a_signal_in_the_moment_of_a_fork_is_neither_lost_nor_printed() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SIGNALLED_WHILE_FORKING],
+        capture_output=True,
+        text=True,
+        timeout=2 * SECONDS,
+        check=False,
+    )
+    assert done.stderr == ""
+    assert done.stdout.splitlines() == [
+        "KeyboardInterrupt ",
+        "SystemExit 143",
+        "KeyboardInterrupt ",
+        "RankFailedError rank 0 was killed by SIGTERM",
+    ]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is chosen without a GPU")
 def test_without_gpus_the_cpu_is_chosen_and_cuda_refused() -> None:
     chosen = choose_device(2)
