@@ -15,6 +15,7 @@ from typing import Any
 import torch.distributed as dist
 
 from mcore_lab.checkpoint import step_folder
+from mcore_lab.checkpoint.copies import Copies
 from mcore_lab.checkpoint.load import load_checkpoint
 from mcore_lab.checkpoint.manifest import files_in
 from mcore_lab.checkpoint.save import Save, begin_save, save_checkpoint
@@ -90,7 +91,7 @@ class _SavingRecorder(Recorder):
         self.toml = ""
 
     def look_at_end(self, model: Any, optimizer: Any, scheduler: Any) -> None:
-        where = [self.folder.checkpoints]
+        where, copies = [self.folder.checkpoints], Copies()
         dist.broadcast_object_list(where)
         for step in range(1, self.rounds + 2):
             folder = step_folder(where[0], step)
@@ -101,15 +102,16 @@ class _SavingRecorder(Recorder):
             took["save"].append(_seconds(partial(save_checkpoint, *to_save, keep=1)))
             took["load"].append(_seconds(partial(load_checkpoint, folder, *run)))
             self.size = sum(file.stat().st_size for file in files_in(folder).values())
-            took["blocked"].append(_blocked_seconds(partial(begin_save, *to_save, keep=1)))
+            begin = partial(begin_save, *to_save, keep=1, copies=copies)
+            took["blocked"].append(_blocked_seconds(begin))
             took["disk"].append(_seconds(partial(_write, where[0] / "bytes", self.size)))
         dist.barrier()  # The checkpoints are gone when rank 0 has ended.
 
 
-def _blocked_seconds(begin: Callable[..., Save]) -> float:
+def _blocked_seconds(begin: Callable[[], Save]) -> float:
     """Save in the background, and return how long the ranks cannot go on for it."""
     begun: list[Save] = []
-    to_begin = _seconds(lambda: begun.append(begin(in_background=True)))
+    to_begin = _seconds(lambda: begun.append(begin()))
     while not begun[0].is_written:
         time.sleep(_POLL_SECONDS)
     return to_begin + _seconds(begun[0].finish)

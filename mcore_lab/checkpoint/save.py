@@ -27,6 +27,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 import mcore_lab
 from mcore_lab.checkpoint import publication
+from mcore_lab.checkpoint.copies import Copies
 from mcore_lab.checkpoint.failures import failures_explained
 from mcore_lab.checkpoint.folders import hidden
 from mcore_lab.checkpoint.manifest import MANIFEST, FileRecord, Manifest, files_in, record
@@ -65,11 +66,12 @@ def begin_save(
     recipe: str,
     *,
     keep: int | None = None,
-    in_background: bool = False,
+    copies: Copies | None = None,
 ) -> Save:
     """Begin a `save_checkpoint`; what it returns ends it. Every rank calls this.
 
-    With `in_background` the state is copied, and written while the ranks go on.
+    With `copies` the state is copied, and written while the ranks go on; they are for one save at a
+    time.
     """
     state = full_state(chunks, optimizer, scheduler, progress, recipe)
     unfinished = hidden(folder, "unfinished")
@@ -81,9 +83,9 @@ def begin_save(
         with _same_reason_on_every_rank(), failures_explained("write", folder):
             planned = plan(state, unfinished, content_metadata(chunks))
         with fail_together(), failures_explained("write", folder):
-            buckets = buckets_of(planned, apart=in_background)
+            buckets = buckets_of(planned, copies)
     write = partial(write_shards, planned, buckets)
-    return Save(folder, progress.step, planned, _begun(write) if in_background else write, keep)
+    return Save(folder, progress.step, planned, _begun(write) if copies else write, keep)
 
 
 class Save:

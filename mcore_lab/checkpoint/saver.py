@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mcore_lab.checkpoint.copies import Copies
 from mcore_lab.checkpoint.folders import step_folder
 from mcore_lab.checkpoint.save import Save, begin_save
 from mcore_lab.checkpoint.state import Progress
@@ -33,7 +34,8 @@ class Saver:
     ) -> None:
         self._checkpoints = checkpoints
         self._run, self._recipe, self._keep = run, recipe, keep
-        self._in_background, self._saved, self._not_saved = in_background, saved, not_saved
+        self._saved, self._not_saved = saved, not_saved
+        self._copies = Copies() if in_background else None
         self._on_its_way: Save | None = None
         self._can_miss = False
 
@@ -54,11 +56,11 @@ class Saver:
                 progress,
                 self._recipe,
                 keep=self._keep,
-                in_background=self._in_background,
+                copies=self._copies,
             )
         except CheckpointError as error:
             self._miss(error)
-        if not self._in_background:
+        if not self._copies:
             self.settle()
 
     def settle(self) -> None:

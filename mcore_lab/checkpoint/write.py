@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
@@ -28,6 +27,7 @@ from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.storage import WriteResult
 
 from mcore_lab import compat
+from mcore_lab.checkpoint.copies import Copies
 from mcore_lab.checkpoint.manifest import FileRecord
 
 _WRITE_ITEM: Any = filesystem._write_item
@@ -78,28 +78,35 @@ def plan(state: dict[str, Any], folder: Path, content_metadata: dict[str, Any]) 
     return planned
 
 
-def buckets_of(planned: Plan, *, apart: bool) -> list[Any]:
+def buckets_of(planned: Plan, copies: Copies | None) -> list[Any]:
     """Return what each file of this rank holds, in memory of the CPU.
 
-    With `apart` it stays as it is now, whatever becomes of the tensors.
+    With `copies` it stays as it is now, whatever becomes of the tensors.
     """
     writer = planned.writer
     for failure in planned.failures:
         raise failure
-    buckets = writer.preload_tensors(writer.write_buckets, non_blocking=False)
-    if not apart:
-        return list(buckets)
+    buckets = list(writer.preload_tensors(writer.write_buckets, non_blocking=False))
+    if copies is None:
+        return buckets
+    # Those that lay on a GPU have been copied on the way.
     sources = (tensor for _, _, (_, tensors) in writer.write_buckets for _, tensor in tensors)
     pointers = {tensor.data_ptr() for tensor in sources}
+    at_risk = [
+        tensor
+        for _, _, (_, tensors) in buckets
+        for _, tensor in tensors
+        if tensor.data_ptr() in pointers
+    ]
+    copied = dict(zip(map(id, at_risk), copies.make(at_risk), strict=True))
     return [
-        (path, name, (objects, [(item, _apart(tensor, pointers)) for item, tensor in tensors]))
+        (
+            path,
+            name,
+            (objects, [(item, copied.get(id(tensor), tensor)) for item, tensor in tensors]),
+        )
         for path, name, (objects, tensors) in buckets
     ]
-
-
-def _apart(tensor: torch.Tensor, pointers: set[int]) -> torch.Tensor:
-    """Return the tensor, or a copy if it is one of those that it was taken from."""
-    return tensor.clone() if tensor.data_ptr() in pointers else tensor
 
 
 def write_shards(planned: Plan, buckets: list[Any]) -> Written:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from small_runs import SMALL, changed, launched_run, losses, run
 
 from mcore_lab.checkpoint import save as saving
+from mcore_lab.checkpoint.copies import Copies
 from mcore_lab.checkpoint.difference import compared
 from mcore_lab.checkpoint.integrity import differences
 from mcore_lab.config import Recipe, RunArguments
@@ -99,3 +101,22 @@ def vanish_at_4(folder: Path, step: int) -> None:
     """Take the folder away from under the save."""
     if step == 4 and os.environ["RANK"] == "1":
         (folder / "checkpoints").rename(folder / "gone")
+
+
+def test_copies_stay_what_they_were_and_take_new_memory_only_where_there_is_none() -> None:
+    copies = Copies()
+    weight, bias = torch.ones(3, 2), torch.ones(3)
+    first = copies.make([weight, bias])
+    weight.fill_(2)
+    bias.fill_(2)
+    assert [one.unique().tolist() for one in first] == [[1], [1]]
+    memory = [one.data_ptr() for one in first]
+    assert [one.data_ptr() for one in copies.make([weight, bias])] == memory
+    assert [one.unique().tolist() for one in first] == [[2], [2]]
+    longer = copies.make([weight, torch.ones(4), bias.double()])
+    assert [(one.shape, one.dtype) for one in longer] == [
+        (weight.shape, torch.float32),
+        ((4,), torch.float32),
+        (bias.shape, torch.float64),
+    ]
+    assert longer[0].data_ptr() == memory[0]
