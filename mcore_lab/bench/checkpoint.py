@@ -63,7 +63,10 @@ def measure_on_rank(recipe: Recipe, rounds: int, folder: Path | None = None) -> 
         RankLog(int(os.environ.get("RANK", "0"))) as log,
         process_group() as world,
         Console(speaks=False) as console,
-        tempfile.TemporaryDirectory(prefix="mcore_lab-", dir=folder) as own,
+        # The last checkpoint but one may still be on its way out.
+        tempfile.TemporaryDirectory(
+            prefix="mcore_lab-", dir=folder, ignore_cleanup_errors=True
+        ) as own,
     ):
         # Each rank has a log, and rank 0 the checkpoints, in a folder of its own.
         recorder = _SavingRecorder(
@@ -93,17 +96,19 @@ class _SavingRecorder(Recorder):
     def look_at_end(self, model: Any, optimizer: Any, scheduler: Any) -> None:
         where, copies = [self.folder.checkpoints], Copies()
         dist.broadcast_object_list(where)
-        for step in range(1, self.rounds + 2):
+        run, took = (model, optimizer, scheduler), self.seconds
+
+        def saving(save: Callable[..., Any], step: int, **kwargs: Any) -> Any:
             folder = step_folder(where[0], step)
-            run = (model, optimizer, scheduler)
-            progress = Progress(step, step)
-            to_save = (folder, *run, progress, self.toml)
-            took = self.seconds
-            took["save"].append(_seconds(partial(save_checkpoint, *to_save, keep=1)))
+            return partial(save, folder, *run, Progress(step, step), self.toml, keep=1, **kwargs)
+
+        for step in range(1, 2 * self.rounds + 2, 2):
+            took["save"].append(_seconds(saving(save_checkpoint, step)))
+            folder = step_folder(where[0], step)
             took["load"].append(_seconds(partial(load_checkpoint, folder, *run)))
             self.size = sum(file.stat().st_size for file in files_in(folder).values())
-            begin = partial(begin_save, *to_save, keep=1, copies=copies)
-            took["blocked"].append(_blocked_seconds(begin))
+            blocked = _blocked_seconds(saving(begin_save, step + 1, copies=copies))
+            took["blocked"].append(blocked)
             took["disk"].append(_seconds(partial(_write, where[0] / "bytes", self.size)))
         dist.barrier()  # The checkpoints are gone when rank 0 has ended.
 

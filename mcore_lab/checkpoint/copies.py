@@ -17,7 +17,7 @@ class Copies:
         self._kept: list[torch.Tensor] = []
 
     def make(self, tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-        """Return copies of the tensors; those that were returned before are lost."""
+        """Return copies of the tensors on the CPU; those that were returned before are lost."""
         before = iter(self._kept)
         self._kept = [_copy(tensor, next(before, None)) for tensor in tensors]
         return self._kept
@@ -25,5 +25,5 @@ class Copies:
 
 def _copy(tensor: torch.Tensor, memory: torch.Tensor | None) -> torch.Tensor:
     if memory is None or (memory.shape, memory.dtype) != (tensor.shape, tensor.dtype):
-        memory = torch.empty_like(tensor)
+        memory = torch.empty_like(tensor, device="cpu")
     return memory.copy_(tensor)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Thread
 
 from mcore_lab.checkpoint.folders import (
     LATEST,
@@ -53,18 +55,27 @@ def publish(unfinished: Path, folder: Path, step: int) -> None:
     shutil.rmtree(replaced(folder), ignore_errors=True)
 
 
-def prune(checkpoints: Path, keep: int, latest: int | None = None) -> list[Path]:
+def prune(
+    checkpoints: Path, keep: int, latest: int | None = None, *, in_background: bool = False
+) -> list[Path]:
     """Remove all but `keep` checkpoints, and return the folders that were removed.
 
     Those that go first are of steps after `latest`, which a run has left by going on from an
-    earlier one; then the oldest. Raises CheckpointError if one cannot be removed.
+    earlier one; then the oldest. Raises CheckpointError if one cannot be removed. With
+    `in_background` they are no checkpoints any more, and a thread gives their bytes back.
     """
     there = whole_checkpoints(checkpoints)
     last = max(there, default=0) if latest is None else latest
     steps = sorted(there, key=lambda step: (step <= last, step))
     surplus = [there[step] for step in steps[: max(0, len(steps) - keep)]]
-    for folder in surplus:
-        _remove(folder)
+    doomed = [_retired(folder) for folder in surplus]
+    if in_background:
+        # What it does not come to, the next save cleans up.
+        Thread(target=_remove_all, args=(doomed,), name="prune").start()
+        return surplus
+    for folder, retired in zip(surplus, doomed, strict=True):
+        with _explained(folder):
+            shutil.rmtree(retired)
     return surplus
 
 
@@ -98,12 +109,23 @@ def _mark_latest(checkpoints: Path, step: int) -> None:
     sync(checkpoints)
 
 
-def _remove(folder: Path) -> None:
-    """Remove a checkpoint so that no half of it is ever taken for one."""
+def _retired(folder: Path) -> Path:
+    """Rename a checkpoint that is to be removed, so that no half of it is ever taken for one."""
     doomed = hidden(folder, "removed")
-    try:
+    with _explained(folder):
         folder.rename(doomed)
-        shutil.rmtree(doomed)
+    return doomed
+
+
+def _remove_all(folders: list[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise CheckpointError(
             f"cannot remove the checkpoint {folder}: {error.strerror or error}"

@@ -128,7 +128,10 @@ class Save:
                     publication.publish(unfinished, folder, self.step)
         with fail_together():
             if self._keep and is_first:
-                publication.prune(folder.parent, self._keep, latest=self.step)
+                in_background = isinstance(write, Future)
+                publication.prune(
+                    folder.parent, self._keep, latest=self.step, in_background=in_background
+                )
         return folder
 
 

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
@@ -32,7 +33,7 @@ from mcore_lab.checkpoint.manifest import FileRecord
 
 _WRITE_ITEM: Any = filesystem._write_item
 """torch's own, which Megatron-Core's writers call too; its arguments differ between versions."""
-_THREADS = 2
+_MOST_THREADS = 2
 """Writers of a rank, each with a file of its own; Megatron-Core's default before 0.19."""
 
 
@@ -65,7 +66,7 @@ def plan(state: dict[str, Any], folder: Path, content_metadata: dict[str, Any]) 
     """
     # Planning makes a queue for results, by default in a process that imports everything anew.
     filesystem_async._results_queue = queue.Queue()
-    planned = Plan("torch_dist", 1, thread_count=_THREADS)
+    planned = Plan("torch_dist", 1, thread_count=_threads())
     with compat.common_state_failures() as planned.failures:
         dist_checkpointing.save(
             state,
@@ -78,42 +79,37 @@ def plan(state: dict[str, Any], folder: Path, content_metadata: dict[str, Any]) 
     return planned
 
 
+def _threads() -> int:
+    # More than a rank has cores would wait for each other, and write more and smaller files.
+    return min(_MOST_THREADS, torch.get_num_threads())
+
+
 def buckets_of(planned: Plan, copies: Copies | None) -> list[Any]:
     """Return what each file of this rank holds, in memory of the CPU.
 
     With `copies` it stays as it is now, whatever becomes of the tensors.
     """
-    writer = planned.writer
     for failure in planned.failures:
         raise failure
-    buckets = list(writer.preload_tensors(writer.write_buckets, non_blocking=False))
-    if copies is None:
-        return buckets
-    # Those that lay on a GPU have been copied on the way.
-    sources = (tensor for _, _, (_, tensors) in writer.write_buckets for _, tensor in tensors)
-    pointers = {tensor.data_ptr() for tensor in sources}
-    at_risk = [
-        tensor
-        for _, _, (_, tensors) in buckets
-        for _, tensor in tensors
-        if tensor.data_ptr() in pointers
-    ]
-    copied = dict(zip(map(id, at_risk), copies.make(at_risk), strict=True))
+    buckets = planned.writer.write_buckets
+    tensors = [tensor for _, _, (_, tensors) in buckets for _, tensor in tensors]
+    here = iter(copies.make(tensors) if copies else map(_on_cpu, tensors))
     return [
-        (
-            path,
-            name,
-            (objects, [(item, copied.get(id(tensor), tensor)) for item, tensor in tensors]),
-        )
+        (path, name, (objects, [(item, next(here)) for item, _ in tensors]))
         for path, name, (objects, tensors) in buckets
     ]
+
+
+def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    # Not `.to` for all: where a CPU stands for a GPU, it makes the copy that it would make there.
+    return tensor if tensor.device.type == "cpu" else tensor.to("cpu")
 
 
 def write_shards(planned: Plan, buckets: list[Any]) -> Written:
     """Write this rank's shards, each on disk when it is done. Holds no collective."""
     writer = planned.writer
     transforms = [writer.transforms] if hasattr(writer, "transforms") else []
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(_threads()) as pool:
         done = list(pool.map(partial(_write_shard, transforms), buckets))
     files = {
         name: FileRecord(stream.size, stream.hash.hexdigest(), dist.get_rank())

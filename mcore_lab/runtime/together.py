@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 import torch.distributed as dist
 
 from mcore_lab.errors import LabError
@@ -22,12 +23,24 @@ def fail_together() -> Iterator[None]:
         yield
     except LabError as raised:
         error = raised
+    if not _on_any_rank(error is not None):
+        return
     errors = [error]
     if dist.is_initialized():
         errors = [None] * dist.get_world_size()
         dist.all_gather_object(errors, error)
     for first in filter(None, [error, *errors]):
         raise first
+
+
+def _on_any_rank(flag: bool) -> bool:
+    """Say whether the flag is set on a rank: one collective of a byte, where objects take two."""
+    if not dist.is_initialized():
+        return flag
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    on_any = torch.tensor(flag, dtype=torch.uint8, device=device)
+    dist.all_reduce(on_any, dist.ReduceOp.MAX)
+    return bool(on_any.item())
 
 
 def lost_a_peer(error: BaseException) -> bool:

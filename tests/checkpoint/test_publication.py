@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -130,6 +131,19 @@ def test_those_that_go_first_are_left_behind_then_the_oldest(tmp_path: Path) -> 
     assert [folder.name for folder in gone] == ["step-00000005", "step-00000001"]
     assert list(whole_checkpoints(tmp_path)) == [2, 3, 4]
     assert prune(tmp_path, 3) == []
+
+
+def test_those_that_go_in_the_background_are_no_checkpoints_at_once_and_gone_in_the_end(
+    tmp_path: Path,
+) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    prune(tmp_path, 1, in_background=True)
+    assert list(whole_checkpoints(tmp_path)) == [3]
+    for thread in threading.enumerate():
+        if thread.name == "prune":
+            thread.join(30)
+    assert not list(tmp_path.glob(".step-*"))
 
 
 def test_a_checkpoint_that_cannot_be_removed_is_one_clear_error(tmp_path: Path) -> None:
