@@ -1,0 +1,30 @@
+"""`mcore-lab bench`: measure; medians and ratios of what ran side by side."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+
+from mcore_lab.errors import ConfigError, nearest
+
+BENCHMARKS = {
+    "step": "time a recipe's step beside the same model in a bare Megatron-Core loop",
+    "checkpoint": "time the save and the load of a recipe's checkpoint, with optimizer and hashes",
+    "soak": "kill a recipe's ranks again and again, and see that each restart changes nothing",
+    "collectives": "check, count and time collectives in the groups of a layout",
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the benchmark that is named, of the module of that name."""
+    name = argv[0] if argv else "--help"
+    if name in ("-h", "--help"):
+        print("usage: mcore-lab bench BENCHMARK [NAME] [--nproc N] [options]\n")
+        print(*(f"  {name:<13}{what}" for name, what in BENCHMARKS.items()), sep="\n")
+        print("\nNAME is a recipe; collectives takes none. Each has --help.")
+        return 0 if argv else 2
+    if name not in BENCHMARKS:
+        hint = nearest(name, BENCHMARKS) or f"; there is {', '.join(BENCHMARKS)}"
+        raise ConfigError(f"no benchmark {name}{hint}")
+    status: int = importlib.import_module(f"{__name__}.{name}").main(argv[1:])
+    return status
