@@ -14,6 +14,8 @@ from mcore_lab.errors import ConfigError
 from mcore_lab.layout import ParallelLayout
 from mcore_lab.recipes import find_recipe, made_for, recipe_names
 
+_PLOTS = (".svg", ".png", ".pdf")
+
 
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are ConfigErrors."""
@@ -66,6 +68,18 @@ def require_writable(option: str, file: str | None) -> None:
         raise ConfigError(f"{option} {file}: it is a folder; name a file in it")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise ConfigError(f"{option} {file}: it may not be written")
+
+
+def require_plottable(option: str, file: Path | None) -> None:
+    """Raise LabError if it can be seen beforehand that matplotlib cannot draw into the file."""
+    if file is None:
+        return
+    from mcore_lab.report.divergence_plot import require_matplotlib
+
+    if file.suffix not in _PLOTS:
+        raise ConfigError(f"{option} {file}: a file that ends in {', '.join(_PLOTS)}")
+    require_writable(option, str(file))
+    require_matplotlib()
 
 
 def write_file(option: str, file: str, content: str) -> None:

@@ -8,14 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mcore_lab.cli.arguments import Parser, require_writable
+from mcore_lab.cli.arguments import Parser, require_plottable
 from mcore_lab.config import read_toml
 from mcore_lab.errors import ConfigError, RunFolderError, nearest
 from mcore_lab.report.divergence import QUANTITIES, Curve, Divergence, differing_keys, divergence
 from mcore_lab.report.tables import print_json, print_table
 from mcore_lab.training import RunFolder
 
-_PICTURES = (".svg", ".png", ".pdf")
 _WORDS = {"loss": "loss", "grad_norm": "grad norm"}
 _MOST_KEYS = 8
 """Differing settings that are listed."""
@@ -54,13 +53,7 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if not options.tolerance >= 0:
         raise ConfigError(f"--tolerance expects 0 or more; got {options.tolerance:g}")
-    if options.plot:
-        from mcore_lab.report.divergence_plot import require_matplotlib
-
-        if options.plot.suffix not in _PICTURES:
-            raise ConfigError(f"--plot {options.plot}: a file that ends in {', '.join(_PICTURES)}")
-        require_writable("--plot", options.plot)
-        require_matplotlib()
+    require_plottable("--plot", options.plot)
     return options
 
 
