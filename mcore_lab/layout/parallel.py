@@ -9,7 +9,11 @@ from mcore_lab.errors import LayoutError
 from mcore_lab.layout.rules import broken_rules
 from mcore_lab.layout.rules.case import Case, DataShape, ModelShape
 from mcore_lab.layout.rules.report import BrokenRule
-from mcore_lab.layout.rules.world import world_holds_dense, world_holds_experts
+from mcore_lab.layout.rules.world import (
+    broken_by_the_layout_alone,
+    world_holds_dense,
+    world_holds_experts,
+)
 
 if TYPE_CHECKING:
     from mcore_lab.layout.grid import Coordinates, RankGrid
@@ -158,6 +162,10 @@ class ParallelLayout:
     def require(self, model: ModelShape, data: DataShape, world_size: int) -> None:
         """Raise `LayoutError` with all broken rules, one a line, if there are any."""
         _refuse(self.check(model, data, world_size))
+
+    def require_world(self, world_size: int) -> None:
+        """Raise `LayoutError` with all that the layout itself breaks there, whatever the model."""
+        _refuse(broken_by_the_layout_alone(self, world_size))
 
     def coordinates(self, rank: int, world_size: int) -> Coordinates:
         """Return where `rank` stands in the dense and in the expert grid."""

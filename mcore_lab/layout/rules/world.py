@@ -39,6 +39,13 @@ def numbers_are_positive(case: Case) -> Iterator[BrokenRule]:
     yield from _at_least_one(amounts)
 
 
+def broken_by_the_layout_alone(layout: ParallelLayout, world_size: int) -> list[BrokenRule]:
+    """Return what is broken whatever the model; if a size is below 1, only that."""
+    rules = (_order_names_each_dimension, _world_is_filled, _pipelines_agree)
+    below_one = list(_sizes_are_positive(layout, world_size))
+    return below_one or [broken for rule in rules for broken in rule(layout, world_size)]
+
+
 def sizes_are_set_in_the_layout(case: Case) -> Iterator[BrokenRule]:
     """`model.transformer` holds no other value for what the layout decides."""
     own_rule = ("overlap_p2p_comm", "batch_p2p_comm")
@@ -57,22 +64,29 @@ def order_names_each_dimension(case: Case) -> Iterator[BrokenRule]:
 
     Source: `RankGenerator` of megatron/core/parallel_state.py, 0.16.1 to 0.19.
     """
-    if not _places_dimensions(case.layout, case.world_size):
+    yield from _order_names_each_dimension(case.layout, case.world_size)
+
+
+def _order_names_each_dimension(layout: ParallelLayout, world_size: int) -> Iterator[BrokenRule]:
+    if not _places_dimensions(layout, world_size):
         yield BrokenRule(
             rule="order must name each of tp, cp, ep, dp and pp once; "
             "one of size 1 may be left out",
-            numbers=f"order {case.layout.order!r}",
+            numbers=f"order {layout.order!r}",
             fix=f"--layout.order {_DEFAULT_ORDER}",
         )
 
 
 def world_is_filled(case: Case) -> Iterator[BrokenRule]:
     """The world is a whole number of replicas of the model, and of the experts."""
-    layout = case.layout
-    yield from world_holds_dense(layout, case.world_size)
+    yield from _world_is_filled(case.layout, case.world_size)
+
+
+def _world_is_filled(layout: ParallelLayout, world_size: int) -> Iterator[BrokenRule]:
+    yield from world_holds_dense(layout, world_size)
     # Without experts of other sizes the second rule only repeats the first.
     if (layout.tp * layout.cp) % (layout.etp * layout.ep):
-        yield from world_holds_experts(layout, case.world_size)
+        yield from world_holds_experts(layout, world_size)
 
 
 def world_holds_dense(layout: ParallelLayout, world_size: int) -> Iterator[BrokenRule]:
@@ -91,7 +105,10 @@ def pipelines_agree(case: Case) -> Iterator[BrokenRule]:
 
     Source: the assertions of `parallel_state.initialize_model_parallel`.
     """
-    layout, world_size = case.layout, case.world_size
+    yield from _pipelines_agree(case.layout, case.world_size)
+
+
+def _pipelines_agree(layout: ParallelLayout, world_size: int) -> Iterator[BrokenRule]:
     # With pp last, a stage is one block of ranks, and the same one in both grids.
     if layout.pp == 1 or layout.order.endswith("pp"):
         return
