@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-from fake_ranks import initialize, is_refused, parallel_state, rank_of_world
+from fake_ranks import GROUPS, initialize, is_refused, parallel_state, rank_of_world
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layout_cases import Data, Model, layout_of
@@ -39,29 +37,6 @@ LAYOUTS = [
     (layout_of(tp=2, pp=2, order="tp-pp-dp-cp-ep"), 8),
     (layout_of(tp=2, pp=2, order="pp-dp-cp-ep-tp"), 8),
 ]
-
-GROUPS: dict[str, Callable[[], Any]] = {
-    "tp": parallel_state.get_tensor_model_parallel_group,
-    "cp": parallel_state.get_context_parallel_group,
-    "dp": parallel_state.get_data_parallel_group,
-    "pp": parallel_state.get_pipeline_model_parallel_group,
-    "dp-cp": lambda: parallel_state.get_data_parallel_group(with_context_parallel=True),
-    "tp-pp": parallel_state.get_model_parallel_group,
-    "tp-cp": parallel_state.get_tensor_and_context_parallel_group,
-    "tp-dp": parallel_state.get_tensor_and_data_parallel_group,
-    "tp-dp-cp": lambda: parallel_state.get_tensor_and_data_parallel_group(
-        with_context_parallel=True
-    ),
-    "ep": parallel_state.get_expert_model_parallel_group,
-    "etp": parallel_state.get_expert_tensor_parallel_group,
-    "edp": parallel_state.get_expert_data_parallel_group,
-    "etp-ep": parallel_state.get_expert_tensor_and_model_parallel_group,
-    "etp-ep-pp": parallel_state.get_expert_tensor_model_pipeline_parallel_group,
-    "embedding": lambda: parallel_state.get_embedding_group(check_initialized=False),
-    "position-embedding": lambda: parallel_state.get_position_embedding_group(
-        check_initialized=False
-    ),
-}
 
 COORDINATES = {
     "tp": parallel_state.get_tensor_model_parallel_rank,
