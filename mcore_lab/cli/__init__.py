@@ -19,7 +19,7 @@ COMMANDS = {
     "verify": "say whether a layout computes what one rank computes",
     "compare": "say from which step on two runs differ",
     "checkpoint": "look at checkpoints, see that they are whole, write them for others",
-    "bench": "time a recipe's step, or the save and the load of its checkpoint",
+    "bench": "time a recipe's step, the save and the load of its checkpoint, or collectives",
     "doctor": "say what this machine has, what that allows, and what is missing",
 }
 _INTERRUPTED = 130

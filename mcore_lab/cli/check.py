@@ -15,7 +15,7 @@ from mcore_lab.report.tables import print_json, print_table
 
 _WHAT = "Hold a recipe's layout against its model, its data and the number of ranks; start nothing."
 
-_MEANING = {
+MEANING = {
     "tp": "ranks that split each weight matrix",
     "cp": "ranks that split each sequence",
     "pp": "ranks that split the layers",
@@ -26,6 +26,7 @@ _MEANING = {
     "edp": "replicas of each expert",
     "micro_batches": "in a step, for each replica",
 }
+"""What each size of a layout counts."""
 _OF_EXPERTS = ("ep", "etp", "edp")
 
 
@@ -96,7 +97,7 @@ def layout_sizes(recipe: Recipe, nproc: int) -> dict[str, int]:
 
 def _rows(recipe: Recipe, sizes: dict[str, int]) -> list[tuple[Any, ...]]:
     shown = sizes if recipe.model.num_moe_experts else sizes.keys() - set(_OF_EXPERTS)
-    return [(name, size, _MEANING[name]) for name, size in sizes.items() if name in shown]
+    return [(name, size, MEANING[name]) for name, size in sizes.items() if name in shown]
 
 
 def _ranks(nproc: int) -> str:

@@ -23,8 +23,10 @@ def benchmark_arguments(
 
     Raises LayoutError with the rules that the recipe's layout breaks.
     """
-    what = f"{BENCHMARKS[name].capitalize()}."
-    arguments, nproc = recipe_arguments(f"bench {name}", what, argv, settings)
+    what = BENCHMARKS[name]
+    arguments, nproc = recipe_arguments(
+        f"bench {name}", f"{what[0].upper()}{what[1:]}.", argv, settings
+    )
     recipe = arguments.recipe
     if broken := recipe.layout.check(recipe.model, recipe.data, nproc):
         raise LayoutError(broken_rules(recipe.name, nproc, broken))
