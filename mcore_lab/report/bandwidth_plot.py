@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,6 +33,8 @@ _BETWEEN = ((10, (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)), (1e3, (1.0, 2.0, 5.0)), (math.
 """Multiples of powers of ten that have a tick, on an axis that spans less than so many times."""
 _MOST_COLUMNS = 3
 _MOST_TICKS = 6
+_MARGIN = 1.5
+"""Of sizes, beside the first and the last: a power of two that one is near has its tick there."""
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -91,11 +93,12 @@ def _draw(axes: Axes, panel: Panel, styles: Mapping[str, tuple[str, str]]) -> No
     axes.set_axisbelow(True)
 
 
-def _scale(axes: Axes, sizes: Iterable[int]) -> None:
+def _scale(axes: Axes, sizes: Collection[int]) -> None:
     """Make the axes, which the panels share, logarithmic: of two in bytes, of ten in GB/s."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
     axes.set_xscale("log", base=2)
+    axes.set_xlim(min(sizes) / _MARGIN, max(sizes) * _MARGIN)
     # What groups of three ranks have in the place of a power of two has its tick.
     ticks = sorted({2 ** round(math.log2(size)) for size in sizes})
     axes.xaxis.set_major_locator(FixedLocator(ticks[:: -(-len(ticks) // _MOST_TICKS)]))
