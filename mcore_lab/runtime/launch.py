@@ -32,6 +32,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from mcore_lab import cpu
 from mcore_lab.errors import LabError, PreemptedError, RankFailedError
 from mcore_lab.runtime.device import threads_per_rank
+from mcore_lab.runtime.ending import ranks_may_be_killed_at_the_end
 from mcore_lab.runtime.ports import free_port
 from mcore_lab.runtime.signals import as_at_the_start_of_a_process, signals_reach_the_ranks
 from mcore_lab.runtime.together import lost_a_peer
@@ -69,6 +70,7 @@ def launch(
         tempfile.TemporaryDirectory(prefix="mcore_lab-") as folder,
         _quiet(),
         signals_reach_the_ranks(),
+        ranks_may_be_killed_at_the_end(method, nproc),
         _frozen_garbage(),
     ):
         all_started = multiprocessing.get_context(method).Barrier(nproc)

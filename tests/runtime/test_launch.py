@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import multiprocessing
 import os
 import signal
 import socket
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from mcore_lab import cpu
 from mcore_lab.errors import BackendError, LayoutError, RankFailedError
 from mcore_lab.runtime import choose_device, launch, process_group, threads_per_rank
+from mcore_lab.runtime.ending import Ending
 from mcore_lab.runtime.ports import free_port
 
 SECONDS = 60.0
@@ -335,3 +337,24 @@ def test_no_free_port_at_all_is_an_error_that_says_so(monkeypatch: pytest.Monkey
         monkeypatch.setattr(launching, "free_port", lambda: other.getsockname()[1])
         with pytest.raises(RankFailedError, match="no rank was started: each of 5 ports"):
             launch(_rank, 2)
+
+
+@pytest.mark.parametrize("killed", [[0], [0, 1]])
+def test_a_rank_that_is_killed_when_all_have_finished_holds_up_nobody(
+    killed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    let_end = Ending.set
+
+    def kill_first(self: Ending) -> None:
+        ranks = multiprocessing.active_children()
+        for number in killed:
+            pid = ranks[number].pid
+            assert pid is not None
+            os.kill(pid, signal.SIGKILL)
+            ranks[number].join(SECONDS)
+        let_end(self)
+
+    monkeypatch.setattr(Ending, "set", kill_first)
+    with _within(20), pytest.raises(RankFailedError, match=r"rank \d was killed by SIGKILL"):
+        launch(_rank, 2, timeout=SECONDS)
+    assert "Event" not in vars(multiprocessing.get_context("fork"))
