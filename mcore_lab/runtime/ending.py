@@ -35,7 +35,7 @@ def ranks_may_be_killed_at_the_end(method: str, ranks: int) -> Iterator[None]:
 
     def ending_once() -> Ending:
         # Before the ranks are forked, in which an event is an event. The class has it still.
-        del context.Event  # type: ignore[method-assign]
+        del context.Event
         return Ending(method, ranks)
 
     context.Event = ending_once  # type: ignore[assignment,method-assign]
