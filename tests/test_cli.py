@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from mcore_lab import cli
+from mcore_lab import cli, lessons
 from mcore_lab.cli.arguments import smallest_world, usual_world
 from mcore_lab.config import Recipe, recipe_to_toml
 from mcore_lab.layout import ParallelLayout
@@ -115,15 +115,18 @@ def test_help_and_check_take_less_than_half_a_second_of_a_processor(
 # Recipes.
 
 
-def test_recipes_lists_each_with_its_ranks_and_one_line(lab: Any) -> None:
+def test_recipes_lists_each_and_the_lessons_with_their_ranks_and_one_line(lab: Any) -> None:
     assert {"tp2_gpt", "text_gpt"} <= set(recipe_names())
     listed = json.loads(lab("recipes", "--json").stdout)
-    assert [recipe["recipe"] for recipe in listed] == recipe_names()
-    for recipe in listed:
+    recipes = [found for found in listed if "recipe" in found]
+    assert [recipe["recipe"] for recipe in recipes] == recipe_names()
+    assert [found["lesson"] for found in listed if "lesson" in found] == list(lessons.LESSONS)
+    for recipe in recipes:
         assert recipe["what"] == describe(recipe["recipe"]) != ""
         assert recipe["ranks"] == usual_world(load_recipe(recipe["recipe"]))
     table = lab("recipes").stdout
     assert all(describe(name) in table for name in recipe_names())
+    assert all(lessons.describe(name) in table for name in lessons.LESSONS)
 
 
 @pytest.mark.parametrize("name", recipe_names())

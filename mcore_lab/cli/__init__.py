@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from mcore_lab.errors import ConfigError, LabError, nearest
 
 COMMANDS = {
-    "run": "train a recipe on this machine's ranks",
+    "run": "train a recipe, or give a lesson, on this machine's ranks",
     "check": "say whether a recipe's layout fits a number of ranks",
     "ranks": "show which rank is where, and what it holds",
-    "recipes": "list the recipes",
+    "recipes": "list the recipes and the lessons",
     "verify": "say whether a layout computes what one rank computes",
     "compare": "say from which step on two runs differ",
     "checkpoint": "look at checkpoints, see that they are whole, write them for others",

@@ -1,4 +1,4 @@
-"""`mcore-lab run`: train a recipe on ranks of this machine."""
+"""`mcore-lab run`: train a recipe, or give a lesson, on ranks of this machine."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ from dataclasses import dataclass
 from mcore_lab.cli.arguments import recipe_arguments
 from mcore_lab.cli.check import require_no_broken_rules
 from mcore_lab.config import LaunchSettings
-from mcore_lab.errors import ConfigError
+from mcore_lab.errors import ConfigError, nearest
+from mcore_lab.lessons import LESSONS
+from mcore_lab.recipes import recipe_names
 from mcore_lab.report.tables import print_json
 
-_WHAT = "Train a recipe on N ranks of this machine: on its GPUs if there are enough, else on CPU."
+_WHAT = f"""\
+Train a recipe on N ranks of this machine: on its GPUs if there are enough, else on CPU.
+Or give a lesson on them: {", ".join(LESSONS)}."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +29,12 @@ class RunSettings(LaunchSettings):
 
 def main(argv: Sequence[str]) -> int:
     """Check the layout, start the ranks, and return 0 when they have all finished."""
+    if argv and argv[0] in LESSONS:
+        from mcore_lab.lessons.start import launch_lesson
+
+        launch_lesson(argv[0], argv[1:])
+        return 0
+    _require_known(argv)
     arguments, nproc = recipe_arguments("run", _WHAT, argv, RunSettings)
     require_no_broken_rules(arguments.recipe, nproc)
 
@@ -37,3 +47,12 @@ def main(argv: Sequence[str]) -> int:
     if arguments.json:
         print_json(summary)
     return 0
+
+
+def _require_known(argv: Sequence[str]) -> None:
+    """Raise ConfigError with the near names for a name that is no recipe's and no lesson's."""
+    known = [*recipe_names(), *LESSONS]
+    name = argv[0] if argv else "-h"
+    if name not in known and not name.startswith("-") and not name.endswith(".toml"):
+        hint = nearest(name, known) or f"; there is {', '.join(known)}"
+        raise ConfigError(f"no recipe or lesson {name}{hint}")

@@ -10,6 +10,7 @@ from mcore_lab.config.arguments import (
     is_rank_0,
     parse_recipe,
     parse_recipe_or_exit,
+    parse_settings,
 )
 from mcore_lab.config.recipe import Checkpoint, Data, Model, Recipe, Training
 from mcore_lab.config.toml import read_toml, recipe_from_toml, recipe_name, recipe_to_toml
@@ -27,6 +28,7 @@ __all__ = [
     "is_rank_0",
     "parse_recipe",
     "parse_recipe_or_exit",
+    "parse_settings",
     "read_toml",
     "recipe_from_toml",
     "recipe_name",

@@ -7,13 +7,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
-from mcore_lab.config.options import given_words
+from mcore_lab.config.options import given_words, given_words_of
 from mcore_lab.config.overlay import COMMAND_LINE, field_types, lay_over
 from mcore_lab.config.recipe import Recipe
 from mcore_lab.config.toml import recipe_from_toml
 from mcore_lab.errors import LabError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,12 +65,8 @@ def parse_recipe(
     SystemExit(0).
     """
     given = given_words(default, argv, prog, settings, quiet=not is_rank_0())
-    said = {
-        name: COMMAND_LINE.value(name, annotation, given.pop(name))
-        for name, annotation in field_types(settings).items()
-        if name in given
-    }
-    values = {f.name: getattr(settings(**said), f.name) for f in fields(settings)}
+    said = _taken_from(given, settings)
+    values = {f.name: getattr(said, f.name) for f in fields(settings)}
     recipe = default
     for file in values.pop("config") or ():
         recipe = recipe_from_toml(file, base=recipe)
@@ -76,6 +74,25 @@ def parse_recipe(
     run_dir = Path(values.pop("run_dir") or Path("runs") / recipe.name)
     shared = {f.name: values.pop(f.name) for f in fields(LaunchSettings) if f.name in values}
     return RunArguments(recipe=recipe, run_dir=run_dir, **shared, own=values)
+
+
+def parse_settings(settings: type[T], argv: Sequence[str], prog: str, what: str) -> T:
+    """Return what a command line says whose options are the fields of `settings`, and no others.
+
+    `what` describes the program in its help. Raises as `parse_recipe` does.
+    """
+    return _taken_from(given_words_of(settings, argv, prog, what, quiet=not is_rank_0()), settings)
+
+
+def _taken_from(given: dict[str, Any], settings: type[T]) -> T:
+    """Return the settings, with the words that were given for them taken out of `given`."""
+    return settings(
+        **{
+            name: COMMAND_LINE.value(name, annotation, given.pop(name))
+            for name, annotation in field_types(settings).items()
+            if name in given
+        }
+    )
 
 
 def parse_recipe_or_exit(default: Recipe, argv: Sequence[str] | None = None) -> RunArguments:

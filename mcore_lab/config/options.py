@@ -40,20 +40,45 @@ def given_words(
     The options are the fields of the dataclass `settings` and those of the recipe. Raises
     ConfigError for unknown options; `--help` prints the help and raises SystemExit(0).
     """
+    known = known_options(settings)
+    words = _gathered(list(_spelled_out(argv, known)))
+    options = _options_class(default, settings, words)
+    return _parsed(options, words, known, prog, _HELP.format(name=default.name), quiet)
+
+
+def given_words_of(
+    settings: type, argv: Sequence[str], prog: str, what: str, quiet: bool = False
+) -> dict[str, Any]:
+    """Return the words of each given option where the fields of `settings` are all there are.
+
+    `what` is the help's description. Raises as `given_words` does.
+    """
+    known = _as_options(field_types(settings))
+    options = _part_class(settings, settings(), {}, {})
+    return _parsed(options, list(_spelled_out(argv, known)), known, prog, what, quiet)
+
+
+def _parsed(
+    options: type,
+    words: Sequence[str],
+    known: Mapping[str, Any],
+    prog: str,
+    what: str,
+    quiet: bool,
+) -> dict[str, Any]:
     import tyro
 
-    words = _gathered(list(_spelled_out(argv, settings)))
     parsed: Any
     parsed, unknown = tyro.cli(
-        _options_class(default, settings, words),
+        options,
         args=words,
         prog=prog,
-        description=_HELP.format(name=default.name),
+        description=what,
         return_unknown_args=True,
         console_outputs=not quiet,
     )
     if unknown:
-        raise ConfigError("\n".join(_unknown(unknown, settings)))
+        raise ConfigError("\n".join(_unknown(unknown, known)))
     return _given(parsed)
 
 
@@ -117,9 +142,9 @@ def _option(annotation: Any, aliases: Sequence[str] = ()) -> Any:
     return Annotated[object, words, tyro.conf.arg(aliases=tuple(aliases))]
 
 
-def _spelled_out(argv: Sequence[str], settings: type) -> Iterator[str]:
+def _spelled_out(argv: Sequence[str], known: Mapping[str, Any]) -> Iterator[str]:
     """Yield the words, with `--layout.no-sp` as `--layout.sp False`."""
-    switches = {name for name, annotation in known_options(settings).items() if annotation is bool}
+    switches = {name for name, annotation in known.items() if annotation is bool}
     for name, table in TABLES.items():
         if any(word.startswith(f"--{name}.") for word in argv):
             switches |= {
@@ -183,12 +208,15 @@ def known_options(settings: type) -> dict[str, Any]:
                 known[alias.removeprefix("--")] = known[f"{section}.{name}"]
     for table in TABLES:
         del known[table]
+    return _as_options(known)
+
+
+def _as_options(known: Mapping[str, Any]) -> dict[str, Any]:
     return {"--" + name.replace("_", "-"): annotation for name, annotation in known.items()}
 
 
-def _unknown(words: Sequence[str], settings: type) -> Iterator[str]:
+def _unknown(words: Sequence[str], known: Iterable[str]) -> Iterator[str]:
     """Say of each unknown option which known ones end as it does, or are near it."""
-    known = list(known_options(settings))
     if not words[0].startswith("--"):
         yield f"unexpected argument {words[0]}"
     for option in [_option_name(word) for word in words if word.startswith("--")]:

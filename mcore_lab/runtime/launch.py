@@ -52,19 +52,22 @@ def launch(
     *args: Any,
     timeout: float | None = None,
     device: str = "cpu",
+    megatron_core: bool = True,
 ) -> list[T]:
     """Run `function(*args)` in `nproc` ranks on this machine and return what each returned.
 
     The ranks find torchrun's environment (`RANK`, `WORLD_SIZE`, …); results must be picklable. On
-    `cpu` they are forked, 8 in under a second. On `cuda`, which a forked process cannot use, they
-    are started anew, and the function and its arguments must be picklable too.
+    `cpu` they are forked, 8 in under a second, from this process, which imports Megatron-Core first
+    if they use it. On `cuda`, which a forked process cannot use, they are started anew, and the
+    function and its arguments must be picklable too.
     A rank that fails brings the others down. A LabError of a rank is raised here as it is; of any
     other failure RankFailedError names the rank and gives its traceback. After `timeout` seconds
     the ranks are ended and the stacks they hung in are shown.
     """
     method = "spawn" if device == "cuda" else "fork"
     if method == "fork":
-        cpu.preload()
+        if megatron_core:
+            cpu.preload()
         _end_openmp_threads()
     with (
         tempfile.TemporaryDirectory(prefix="mcore_lab-") as folder,

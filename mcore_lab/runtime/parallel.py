@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,14 +39,19 @@ class World:
 
 @contextmanager
 def process_group(
-    *, ranks: int | None = None, device: str = "auto", timeout_minutes: float = 10
+    *,
+    ranks: int | None = None,
+    device: str = "auto",
+    timeout_minutes: float = 10,
+    megatron_core: bool = True,
 ) -> Iterator[World]:
     """Join the process group that torchrun or `launch` describes; leave it at the end.
 
     Without either there is one rank. With `ranks` the first of them are in it, and no other comes
     here: of groups that follow each other, none is larger than the one before. On CPU
     `mcore_lab.cpu` is enabled first. The body calls `parallel_state.initialize_model_parallel`, or
-    uses `model_parallel` in the place of this.
+    uses `model_parallel` in the place of this. Without `megatron_core` the body needs torch alone:
+    Megatron-Core is not imported, and no patch is applied.
     """
     _describe_one_rank_if_alone()
     size = ranks or int(os.environ["WORLD_SIZE"])
@@ -59,7 +65,8 @@ def process_group(
     )
     if world.device.type == "cpu":
         torch.set_num_threads(threads_per_rank(local_size))
-        cpu.enable()
+        if megatron_core:
+            cpu.enable()
     else:
         torch.cuda.set_device(world.local_rank)
     _join(world, timedelta(minutes=timeout_minutes))
@@ -110,9 +117,9 @@ def _join(world: World, timeout: timedelta) -> None:
 
 
 def _leave() -> None:
-    from megatron.core import parallel_state
-
-    parallel_state.destroy_model_parallel()
+    # Who has not imported it has no state in it, and need not wait for the import.
+    if parallel_state := sys.modules.get("megatron.core.parallel_state"):
+        parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -1,0 +1,91 @@
+"""From a command line to ranks that give a lesson: by `mcore-lab run`, under torchrun, or alone."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, make_dataclass
+from typing import Any
+
+from mcore_lab.config import exit_with, is_rank_0, parse_settings
+from mcore_lab.errors import ConfigError, LabError, RankFailedError
+from mcore_lab.lessons import LESSONS, load_lesson
+from mcore_lab.report.tables import print_json
+from mcore_lab.runtime import RankLog, World, choose_device, launch, process_group
+from mcore_lab.runtime.together import lost_a_peer
+
+LessonFunction = Callable[[Any, World], dict[str, Any] | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common:
+    """What every lesson's command line has beside the lesson's own settings."""
+
+    json: bool = False
+    """Print what was found as JSON, and nothing else."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommonToLaunch(Common):
+    """Those of a command that knows how many ranks there are, which else torchrun does."""
+
+    nproc: int | None = None
+    """Ranks on this machine; those that the lesson is made for if not set."""
+
+
+def launch_lesson(name: str, argv: Sequence[str]) -> None:
+    """Give the lesson on ranks of this machine, as the options say. Raises LabError."""
+    lesson = load_lesson(name)
+    settings, common = _parse(lesson.settings, CommonToLaunch, argv, f"mcore-lab run {name}")
+    nproc = LESSONS[name] if common.nproc is None else common.nproc
+    if nproc < 1:
+        raise ConfigError(f"--nproc must not be below 1; it is {nproc}")
+    device = choose_device(nproc).type
+    arguments = (lesson.run, settings, common.json)
+    found = launch(give, nproc, *arguments, device=device, megatron_core=False)[0]
+    if common.json:
+        print_json(found)
+
+
+def main(settings: type[Any], lesson: LessonFunction) -> None:
+    """Give the lesson of a module that is run: under torchrun as one of its ranks, else alone."""
+    spec = sys.modules["__main__"].__spec__
+    prog = f"python -m {spec.name}" if spec else sys.argv[0]
+    try:
+        chosen, common = _parse(settings, Common, sys.argv[1:], prog)
+        found = give(lesson, chosen, common.json)
+    except LabError as error:
+        exit_with(error)
+    except Exception as error:
+        if lost_a_peer(error):
+            # torchrun says which rank has gone, and why.
+            exit_with(RankFailedError("another rank has failed or was killed"))
+        raise
+    if common.json and is_rank_0():
+        print(json.dumps(found))
+
+
+def give(lesson: LessonFunction, settings: Any, silent: bool = False) -> dict[str, Any] | None:
+    """Give the lesson on this rank, in a process group of plain torch; return what it found."""
+    words = contextlib.redirect_stdout(io.StringIO()) if silent else contextlib.nullcontext()
+    rank = int(os.environ.get("RANK", "0"))
+    with words, RankLog(rank), process_group(megatron_core=False) as world:
+        return lesson(settings, world)
+
+
+def _parse(
+    settings: type[Any], common: type[Any], argv: Sequence[str], prog: str
+) -> tuple[Any, Any]:
+    """Return the lesson's settings and the common ones. Raises ConfigError."""
+    both = make_dataclass("Options", [], bases=(settings, common), frozen=True, kw_only=True)
+    what = (sys.modules[settings.__module__].__doc__ or "").strip()
+    parsed: Any = parse_settings(both, argv, prog, what)
+    own, shared = (
+        kind(**{field.name: getattr(parsed, field.name) for field in fields(kind)})
+        for kind in (settings, common)
+    )
+    return own, shared
