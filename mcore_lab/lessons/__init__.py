@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 LESSONS = {
     "collectives": 4,
+    "data_parallel": 2,
+    "zero": 2,
+    "tensor_parallel": 2,
 }
 """The lessons in the order to read them, each with the ranks that it is made for."""
 
