@@ -22,6 +22,8 @@ LESSONS = {
     "data_parallel": 2,
     "zero": 2,
     "tensor_parallel": 2,
+    "vocabulary_parallel": 2,
+    "transformer": 2,
 }
 """The lessons in the order to read them, each with the ranks that it is made for."""
 

@@ -42,8 +42,6 @@ def launch_lesson(name: str, argv: Sequence[str]) -> None:
     lesson = load_lesson(name)
     settings, common = _parse(lesson.settings, CommonToLaunch, argv, f"mcore-lab run {name}")
     nproc = LESSONS[name] if common.nproc is None else common.nproc
-    if nproc < 1:
-        raise ConfigError(f"--nproc must not be below 1; it is {nproc}")
     device = choose_device(nproc).type
     arguments = (lesson.run, settings, common.json)
     found = launch(give, nproc, *arguments, device=device, megatron_core=False)[0]
@@ -84,6 +82,13 @@ def _parse(
     both = make_dataclass("Options", [], bases=(settings, common), frozen=True, kw_only=True)
     what = (sys.modules[settings.__module__].__doc__ or "").strip()
     parsed: Any = parse_settings(both, argv, prog, what)
+    for field in fields(parsed):
+        value = getattr(parsed, field.name)
+        # Whole numbers are sizes and counts, all others shares, rates and the like.
+        least = 1 if type(value) is int and field.name != "seed" else 0
+        if isinstance(value, int | float) and value < least:
+            option = "--" + field.name.replace("_", "-")
+            raise ConfigError(f"{option} must not be below {least}; it is {value}")
     own, shared = (
         kind(**{field.name: getattr(parsed, field.name) for field in fields(kind)})
         for kind in (settings, common)

@@ -88,7 +88,9 @@ def summed(x: Tensor, group: ProcessGroup) -> Tensor:
 
 def part_of(whole: Tensor, dim: int, group: ProcessGroup) -> nn.Parameter:
     """Return this rank's part of a weight that all ranks have drawn alike, and let the rest go."""
-    return nn.Parameter(whole.tensor_split(group.size(), dim)[group.rank()].clone())
+    part = nn.Parameter(whole.tensor_split(group.size(), dim)[group.rank()].clone())
+    part.is_part = True  # type: ignore[attr-defined]
+    return part
 
 
 class ColumnParallelLinear(nn.Module):

@@ -39,6 +39,8 @@ def test_a_lesson_runs_by_its_name_and_speaks(name: str, capfd: pytest.CaptureFi
 
 SMALL = {
     "collectives": ("--numbers", "1000"),
+    "data_parallel": ("--hidden-size", "64", "--overlap"),
+    "transformer": ("--steps", "5"),
 }
 """What makes a lesson quick; a lesson that is not here is quick as it is."""
 
@@ -83,6 +85,12 @@ def test_a_lesson_that_is_run_alone_has_one_rank_and_imports_no_megatron_core() 
         (["collectives", "--numbers", "few"], "--numbers expects a whole number; got few"),
         (["collectives", "--nproc", "0"], "--nproc must not be below 1; it is 0"),
         (["collectives", "--numbers", "3"], "a ring of 4 ranks cuts the tensor into 4 chunks"),
+        (["zero", "--lr", "-1"], "--lr must not be below 0; it is -1.0"),
+        (["data_parallel", "--batch-size", "7"], "2 ranks cannot share --batch-size 7 evenly; 8"),
+        (
+            ["transformer", "--nproc", "3"],
+            "--num-attention-heads must be a multiple of 3, the ranks; it is 4",
+        ),
     ],
 )
 def test_what_a_person_got_wrong_is_told_in_one_line(
