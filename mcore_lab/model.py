@@ -192,7 +192,7 @@ def gpt_chunk(
     """
     return GPTModel(
         config,
-        decoder_block_spec(config, backend, stage.vp_stage),
+        decoder_block_spec(config, backend, stage.vp_stage, causal=recipe.model.causal_attention),
         **gpt_arguments(recipe, vocab_size),
         pre_process=stage.is_first,
         post_process=stage.is_last,

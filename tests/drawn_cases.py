@@ -51,6 +51,8 @@ UNUSUAL: list[Change] = [
     {"model.num_moe_experts": [None, 1, 4, 9]},
     {"model.max_sequence_length": [12, 24, 100]},
     {"model.max_sequence_length": [24], "model.position_embedding_type": ["rope"]},
+    {"model.causal_attention": [False], "data.sequence_length": [22, 48]},
+    {"model.causal_attention": [False], "transformer.mtp_num_layers": [1]},
     {"model.share_embeddings_and_output_weights": [True]},
     {"model.share_embeddings_and_output_weights": [True], "transformer.mtp_num_layers": [1]},
     {"data.sequence_length": [22, 50]},

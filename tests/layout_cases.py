@@ -23,6 +23,7 @@ class Model:
     max_sequence_length: int | None = None
     share_embeddings_and_output_weights: bool = False
     position_embedding_type: str = "learned_absolute"
+    causal_attention: bool = True
     transformer: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -72,6 +73,31 @@ GATED_DELTA = "" if megatron_core_is_before("0.17") else ", gdn_norm_out"
 MOE = {"num_moe_experts": 4, "transformer": {"add_bias_linear": False}}
 
 WRONG = {
+    "padding_that_full_attention_sees": Wrong(
+        layout={"tp": 2, "sp": True},
+        world=2,
+        model={"causal_attention": False},
+        data={"sequence_length": 13},
+        says="sequence_length must be a multiple of tp, or attention that is not causal sees "
+        "padding: sequence_length 13, tp 2; use --layout.tp 1 or 13, "
+        "or --data.sequence-length 12 or 14",
+        mended={"data": {"sequence_length": 14}},
+    ),
+    "documents_that_full_attention_pads": Wrong(
+        model={"causal_attention": False, "transformer": {"attention_dropout": 0.0}},
+        data={"pack_documents": True},
+        says="packed documents need causal attention, or they would see their padding: "
+        "causal_attention False, pack_documents True; "
+        "use --model.causal-attention True, or --data.pack-documents False",
+        mended={"model": {"causal_attention": True}},
+    ),
+    "predicted_tokens_that_full_attention_sees": Wrong(
+        model={"causal_attention": False, "transformer": {"mtp_num_layers": 1}},
+        says="mtp_num_layers needs causal attention, or what is predicted would be seen: "
+        "causal_attention False, mtp_num_layers 1; "
+        "use --model.causal-attention True, or a model without mtp_num_layers",
+        mended={"model": {"causal_attention": True}},
+    ),
     "a_size_of_zero": Wrong(
         layout={"tp": 0},
         says="tp must be at least 1: tp 0; use --layout.tp 1",

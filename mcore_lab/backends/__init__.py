@@ -48,15 +48,27 @@ def choose_backend(wanted: str, device_type: str) -> Backend:
 
 
 def decoder_block_spec(
-    config: TransformerConfig, backend: Backend, vp_stage: int | None = None
+    config: TransformerConfig,
+    backend: Backend,
+    vp_stage: int | None = None,
+    *,
+    causal: bool = True,
 ) -> Any:
-    """Return Megatron-Core's spec of this pipeline stage's layers, in the backend's modules."""
+    """Return Megatron-Core's spec of this pipeline stage's layers, in the backend's modules.
+
+    Its GPT layers are `causal`; else a token attends to all of its sequence.
+    """
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+    from megatron.core.transformer.enums import AttnMaskType
 
     with _modules_of(backend):
-        return get_gpt_decoder_block_spec(
+        spec = get_gpt_decoder_block_spec(
             config, **_layer_arguments(config, backend), vp_stage=vp_stage
         )
+    if not causal:
+        for layer in spec.layer_specs:
+            layer.submodules.self_attention.params["attn_mask_type"] = AttnMaskType.no_mask
+    return spec
 
 
 def mtp_block_spec(config: TransformerConfig, backend: Backend, vp_stage: int | None = None) -> Any:

@@ -25,6 +25,8 @@ class RunSettings(LaunchSettings):
     max_restarts: int = 0
     """How many times the ranks are started again, from the last checkpoint, when one of them has
     failed."""
+    compare: bool = False
+    """Run the recipe in all the ways that it compares, and show them side by side."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -36,6 +38,10 @@ def main(argv: Sequence[str]) -> int:
         return 0
     _require_known(argv)
     arguments, nproc = recipe_arguments("run", _WHAT, argv, RunSettings)
+    if arguments.own["compare"]:
+        from mcore_lab.cli.comparison import show
+
+        return show(arguments)
     require_no_broken_rules(arguments.recipe, nproc)
 
     from mcore_lab.recipes.start import launch_recipe

@@ -53,6 +53,8 @@ class Model:
     """Scale the rotary embeddings for long sequences, as Llama 3.1 does."""
     rope_scaling_factor: float = 8.0
     """By how much `rope_scaling` stretches them."""
+    causal_attention: bool = True
+    """A token sees only those before it, else all of its sequence."""
     seq_len_interpolation_factor: float | None = None
     """Interpolate rotary positions by this factor."""
     scatter_embedding_sequence_parallel: bool = True
@@ -83,6 +85,9 @@ class Data:
     """Mock data: the tokens are 0 to this number."""
     mock_document_length: int | None = None
     """Mock data: documents have 1 to this many tokens; Megatron-Core's 4,095 if not set."""
+    memory_sequences: int | None = None
+    """Sequence memory in the place of mock documents: so many random sequences of mock tokens, each
+    of which is its own label."""
     pack_documents: bool = False
     """Keep the documents of a sample apart: no attention from one to another, positions from 0
     (packed sequences in `thd` format). Else a token sees all that come before it in its sample."""

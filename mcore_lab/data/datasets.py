@@ -1,4 +1,4 @@
-"""Megatron-Core's GPT datasets: mock data, or text through its byte-level tokenizer."""
+"""What a recipe's data describes: Megatron-Core's GPT datasets, mock or text, or a memory task."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from torch.utils.data import Dataset, Subset
 
 from mcore_lab.compat import byte_level_tokenizer, null_tokenizer
 from mcore_lab.config import Data
+from mcore_lab.data.memory import SequenceMemory
 from mcore_lab.data.text import cannot_write, tokenised_text
 from mcore_lab.errors import DataError
 from mcore_lab.runtime.together import fail_together
@@ -49,7 +50,9 @@ def build_datasets(data: Data) -> Datasets:
 
     Raises DataError where there is no text, or too little of it for one sample.
     """
-    return _mock_data(data) if data.path is None else _text_data(data, Path(data.path))
+    if data.path is not None:
+        return _text_data(data, Path(data.path))
+    return _mock_data(data) if data.memory_sequences is None else _sequences_to_memorise(data)
 
 
 def _mock_data(data: Data) -> Datasets:
@@ -59,6 +62,13 @@ def _mock_data(data: Data) -> Datasets:
     # Megatron-Core builds whole epochs of its mock documents, which hold more samples than these.
     samples = Subset(train, range(data.num_samples))
     return Datasets(train=samples, valid=None, vocab_size=tokenizer.vocab_size)
+
+
+def _sequences_to_memorise(data: Data) -> Datasets:
+    vocab_size = data.mock_vocab_size + 1
+    assert data.memory_sequences is not None
+    train = SequenceMemory(data.memory_sequences, data.sequence_length, vocab_size)
+    return Datasets(train=train, valid=None, vocab_size=vocab_size)
 
 
 def _mock_documents(data: Data) -> type[MockGPTDataset]:

@@ -43,6 +43,7 @@ _SAME_FUNCTION = re.compile(
 """Fields of how a model is trained, split and computed, and not of what it computes."""
 _MODEL_FIELDS: dict[str, Any] = {
     "position_embedding_type": "rope",
+    "causal_attention": True,
     "rotary_percent": 1.0,
     "rope_scaling": False,
     "seq_len_interpolation_factor": None,

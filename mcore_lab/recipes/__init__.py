@@ -71,6 +71,11 @@ def later_layouts(name: str) -> tuple[NextLayout, ...]:
     return layouts
 
 
+def compares(name: str) -> bool:
+    """Say whether the recipe has ways to run that it compares."""
+    return _said_by(name, "COMPARES", False) is True
+
+
 def describe(name: str) -> str:
     """Return what the recipe is, in one line: the first of its module's docstring."""
     return (importlib.import_module(f"{__name__}.{name}").__doc__ or "").strip().partition("\n")[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from mcore_lab.config import Recipe, Training
+from mcore_lab.config import Data, Recipe, Training
 from mcore_lab.errors import ConfigError
 
 _AT_LEAST = {
@@ -27,6 +27,7 @@ _AT_LEAST = {
     "data.num_samples": 1,
     "data.mock_vocab_size": 1,
     "data.mock_document_length": 1,
+    "data.memory_sequences": 1,
 }
 
 _NOT_TOLD = {
@@ -45,6 +46,7 @@ def require_trainable(recipe: Recipe) -> None:
         *_too_small(recipe),
         *_schedule(recipe.training),
         *_split(recipe.data.split),
+        *_one_source(recipe.data),
         *_gradient_buffers(recipe),
     ]
     if broken:
@@ -84,6 +86,14 @@ def _split(split: str) -> Iterator[str]:
         yield (
             f"--data.split {split} is not the shares of training, validation and test, of which "
             "the first is above 0: 95,5,0"
+        )
+
+
+def _one_source(data: Data) -> Iterator[str]:
+    if data.path is not None and data.memory_sequences is not None:
+        yield (
+            f"--data.memory-sequences {data.memory_sequences} are not of the text --data.path "
+            f"{data.path}: leave one of them out"
         )
 
 

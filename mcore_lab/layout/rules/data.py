@@ -73,6 +73,36 @@ def experts_count_no_padding(case: Case) -> Iterator[BrokenRule]:
     )
 
 
+def full_attention_sees_no_others(case: Case) -> Iterator[BrokenRule]:
+    """Where a token sees all of its row, the row is one sequence and holds no padding.
+
+    Nor is the next token to be predicted there: it would be seen.
+    """
+    if case.of_model("causal_attention", True):
+        return
+    causal = "--model.causal-attention True"
+    if case.data.pack_documents:
+        yield BrokenRule(
+            rule="packed documents need causal attention, or they would see their padding",
+            numbers="causal_attention False, pack_documents True",
+            fix=either(causal, "--data.pack-documents False"),
+        )
+    elif case.data.sequence_length % case.layout.sequence_multiple:
+        yield from multiple_of(
+            case.layout,
+            case.data_amount("sequence_length"),
+            ["cp"] * (case.layout.cp > 1) + ["tp"] * case.layout.sp,
+            factor=2 if case.layout.cp > 1 else 1,
+            note=", or attention that is not causal sees padding",
+        )
+    if tokens := case.of_model("mtp_num_layers"):
+        yield BrokenRule(
+            rule="mtp_num_layers needs causal attention, or what is predicted would be seen",
+            numbers=f"causal_attention False, mtp_num_layers {tokens}",
+            fix=either(causal, "a model without mtp_num_layers"),
+        )
+
+
 def predicted_tokens_see_whole_sequences(case: Case) -> Iterator[BrokenRule]:
     """Several predicted tokens and context parallelism are right together before 0.17 only.
 
@@ -200,6 +230,7 @@ def _micro_batch_group(case: Case) -> int:
 RULES: tuple[Rule, ...] = (
     sequence_fits_the_model,
     experts_count_no_padding,
+    full_attention_sees_no_others,
     predicted_tokens_see_whole_sequences,
     packed_documents_drop_no_attention,
     shared_sequences_drop_no_attention,

@@ -43,7 +43,9 @@ def one_layer(recipe: Recipe, world: World) -> Any:
     backend = choose_backend(recipe.model.backend, world.device.type)
     with refusals_explained():
         model: Any = GPTModel(
-            config, decoder_block_spec(config, backend), **gpt_arguments(recipe, 1)
+            config,
+            decoder_block_spec(config, backend, causal=recipe.model.causal_attention),
+            **gpt_arguments(recipe, 1),
         )
     on_device(config, model)
     return model.decoder.layers[0]
