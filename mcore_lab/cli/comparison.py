@@ -64,11 +64,12 @@ def show(arguments: RunArguments) -> int:
 
 
 def _tell(trained: Trained) -> None:
-    ranks = "1 rank" if trained.ranks == 1 else f"{trained.ranks} ranks"
-    loss = f"loss {trained.losses[-1]:.4f}"
-    print(
-        f"{trained.implementation} on {ranks}: {loss} after {len(trained.losses)} steps", flush=True
-    )
+    loss = f"loss {trained.losses[-1]:.4f} after {len(trained.losses)} steps"
+    print(f"{trained.implementation} on {_ranks(trained)}: {loss}", flush=True)
+
+
+def _ranks(trained: Trained) -> str:
+    return "1 rank" if trained.ranks == 1 else f"{trained.ranks} ranks"
 
 
 def _row(trained: Trained) -> tuple[object, ...]:
@@ -89,7 +90,7 @@ def _drawn(folder: Path, found: list[Trained]) -> str:
     from mcore_lab.report.loss_curves import plot_losses
 
     families = {
-        family: {f"{one.implementation}, {one.ranks}": one.losses for one in of_family}
+        family: {f"{one.implementation}, {_ranks(one)}": one.losses for one in of_family}
         for family, of_family in groupby(found, lambda one: one.implementation.partition(",")[0])
     }
     try:

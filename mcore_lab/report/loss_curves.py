@@ -21,11 +21,13 @@ def plot_losses(file: Path, families: Mapping[str, Mapping[str, Sequence[float]]
     """
     require_matplotlib()
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(6 * len(families), 6.5), layout="constrained")
     axes = figure.subplots(
         2, len(families), sharex=True, sharey="row", squeeze=False, height_ratios=(3, 2)
     )
+    most = _SMALLEST
     for (above, below), (family, runs) in zip(axes.T, families.items(), strict=True):
         (first, *_) = runs.values()
         for number, (name, losses) in enumerate(runs.items()):
@@ -38,15 +40,18 @@ def plot_losses(file: Path, families: Mapping[str, Mapping[str, Sequence[float]]
             above.plot(steps, losses, label=name, **look)
             if number:
                 apart = [abs(a - b) for a, b in zip(losses, first, strict=True)]
-                below.plot(steps, apart, label=name, **look)
+                # Not clipped: a difference of 0 lies on the axis itself.
+                below.plot(steps, apart, label=name, clip_on=False, **look)
+                most = max(most, *apart)
         above.set_yscale("log")
         above.set_title(f"{family}: loss (nats a token)", loc="left")
         below.set_yscale("symlog", linthresh=_SMALLEST)
-        below.set_ylim(bottom=0)
         below.set_title("difference from one rank (nats)", loc="left")
         below.set_xlabel("step")
         above.legend(frameon=False)
         for panel in (above, below):
             panel.spines[["top", "right"]].set_visible(False)
             panel.tick_params(labelleft=True)
+            panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[1, 0].set_ylim(0, 3 * most)
     figure.savefig(file, dpi=150)

@@ -39,7 +39,7 @@ def _on_any_rank(flag: bool) -> bool:
         return flag
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     on_any = torch.tensor(flag, dtype=torch.uint8, device=device)
-    dist.all_reduce(on_any, dist.ReduceOp.MAX)
+    dist.all_reduce(on_any, op=dist.ReduceOp.MAX)
     return bool(on_any.item())
 
 

@@ -178,14 +178,14 @@ def _to_the_wrong_place(real: Callable[..., None]) -> Callable[..., None]:
 
 def _with_the_maximum(real: Callable[..., None]) -> Callable[..., None]:
     def collective(*args: Any, **kwargs: Any) -> None:
-        real(*args, op=dist.ReduceOp.MAX, **kwargs)
+        real(*args, **kwargs | {"op": dist.ReduceOp.MAX})
 
     return collective
 
 
 def _in_the_world(real: Callable[..., None]) -> Callable[..., None]:
-    def collective(tensor: torch.Tensor, group: object) -> None:
-        real(tensor)
+    def collective(tensor: torch.Tensor, group: object = None, **kwargs: Any) -> None:
+        real(tensor, **kwargs)
 
     return collective
 
