@@ -211,6 +211,23 @@ def test_torchrun_tells_it_once(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+LATE = """
+import os, time
+from mcore_lab.config import exit_with
+from mcore_lab.errors import ConfigError
+if os.environ["RANK"] == "0":
+    time.sleep(3)
+exit_with(ConfigError("all ranks found this, and rank 0 last"))
+"""
+
+
+def test_torchrun_tells_it_also_when_another_rank_finds_it_first(tmp_path: Path) -> None:
+    (tmp_path / "late.py").write_text(LATE)
+    done = finish([*TORCHRUN, "late.py"], tmp_path)
+    assert done.returncode != 0
+    assert done.stderr.count("error: all ranks found this, and rank 0 last") == 1
+
+
 # What only the ranks can see to be wrong.
 
 

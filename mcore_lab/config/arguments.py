@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -13,9 +14,10 @@ from mcore_lab.config.options import given_words, given_words_of
 from mcore_lab.config.overlay import COMMAND_LINE, field_types, lay_over
 from mcore_lab.config.recipe import Recipe
 from mcore_lab.config.toml import recipe_from_toml
-from mcore_lab.errors import LabError
+from mcore_lab.errors import LabError, PreemptedError
 
 T = TypeVar("T")
+_TELLING_SECONDS = 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +107,15 @@ def parse_recipe_or_exit(default: Recipe, argv: Sequence[str] | None = None) -> 
 
 
 def exit_with(error: LabError) -> NoReturn:
-    """Leave the program with the error's exit status; only rank 0 prints its message."""
-    if is_rank_0():
+    """Leave the program with the error's exit status; rank 0 prints its message.
+
+    torchrun ends all ranks when one has left: the others wait for that, so that rank 0 comes to its
+    word. One that is alone with its error says it itself in the end.
+    """
+    if not is_rank_0() and not isinstance(error, PreemptedError):
+        time.sleep(_TELLING_SECONDS)
+        print(f"error on rank {os.environ['RANK']}: {error}", file=sys.stderr)
+    elif is_rank_0():
         print(f"error: {error}", file=sys.stderr)
     sys.exit(error.exit_code)
 
