@@ -24,6 +24,9 @@ LESSONS = {
     "tensor_parallel": 2,
     "vocabulary_parallel": 2,
     "transformer": 2,
+    "pipeline_parallel": 4,
+    "ring_attention": 4,
+    "expert_parallel": 4,
 }
 """The lessons in the order to read them, each with the ranks that it is made for."""
 

@@ -41,6 +41,9 @@ SMALL = {
     "collectives": ("--numbers", "1000"),
     "data_parallel": ("--hidden-size", "64", "--overlap"),
     "transformer": ("--steps", "5"),
+    "pipeline_parallel": ("--hidden-size", "32"),
+    "ring_attention": ("--sequence-length", "64"),
+    "expert_parallel": ("--tokens", "32"),
 }
 """What makes a lesson quick; a lesson that is not here is quick as it is."""
 
