@@ -79,7 +79,8 @@ def launch(
         all_started = multiprocessing.get_context(method).Barrier(nproc)
         rank_arguments = (Path(folder), timeout, all_started, function, args)
         try:
-            results = _on_a_free_port(nproc, method, rank_arguments)
+            _on_a_free_port(nproc, method, rank_arguments)
+            return [pickle.loads(_result(Path(folder), rank).read_bytes()) for rank in range(nproc)]
         except ChildFailedError as error:
             raise _first_failure(error.failures, Path(folder)) from None
         except SignalException as error:
@@ -90,16 +91,24 @@ def launch(
                 if isinstance(left.error, PreemptedError):
                     raise left.error from None
             raise SystemExit(128 + int(error.sigval)) from None
-    return [pickle.loads(results[rank]) for rank in range(nproc)]
 
 
-def _on_a_free_port(nproc: int, method: str, rank_arguments: tuple[Any, ...]) -> dict[int, Any]:
-    """Start the ranks, which meet at a port of this machine; return what each of them returned."""
+def _result(folder: Path, rank: int) -> Path:
+    """Return the file that a rank leaves what it returned in.
+
+    Not torch's queue: of a rank that is killed while it writes a large result to a pipe, the
+    launching process would wait for the rest.
+    """
+    return folder / f"result-{rank}"
+
+
+def _on_a_free_port(nproc: int, method: str, rank_arguments: tuple[Any, ...]) -> None:
+    """Start the ranks, which meet at a port of this machine, and wait until they have ended."""
     for _ in range(_PORTS):
         ranks = elastic_launch(_config(nproc, method, free_port()), _rank_main)
         try:
-            results: dict[int, Any] = ranks(*rank_arguments)
-            return results
+            ranks(*rank_arguments)
+            return
         except DistNetworkError as error:
             # Another program has taken it meanwhile; no rank has been started.
             if "EADDRINUSE" not in str(error):
@@ -186,7 +195,7 @@ def _rank_main(
     all_started: Barrier,
     function: Callable[..., T],
     args: tuple[Any, ...],
-) -> bytes:
+) -> None:
     as_at_the_start_of_a_process()
     # 0.16 writes checkpoints in processes that the rank forks, which would wait for it for ever.
     end_with_parent()
@@ -202,7 +211,7 @@ def _rank_main(
         if timeout is not None:
             faulthandler.dump_traceback_later(timeout, exit=True, file=stacks)
         try:
-            return pickle.dumps(function(*args))
+            _result(folder, rank).write_bytes(pickle.dumps(function(*args)))
         except BaseException as error:
             _leave_failure(folder, rank, error)
             if lost_a_peer(error):

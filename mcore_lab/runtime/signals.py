@@ -18,6 +18,7 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _SIGNALS = (*ENDING, signal.SIGUSR1)
 _CHOICE = "TORCHELASTIC_SIGNALS_TO_HANDLE"
 _SECONDS_OF_A_FORK = 0.05
+_LAUNCHING = "mcore_lab.runtime.launch"
 
 
 @contextlib.contextmanager
@@ -70,9 +71,13 @@ def _end_as_if_unhandled(number: int) -> None:
 
 
 def _is_forking(frame: FrameType | None) -> bool:
+    """Say whether a rank is just being forked: this process may have been forked so itself."""
     while frame is not None:
-        if frame.f_globals.get("__name__") == "multiprocessing.popen_fork":
+        where = frame.f_globals.get("__name__"), frame.f_code.co_name
+        if where == ("multiprocessing.popen_fork", "_launch"):
             return True
+        if where[0] == _LAUNCHING:
+            return False
         frame = frame.f_back
     return False
 

@@ -35,7 +35,7 @@ def test_a_plain_cuda_script_trains_saves_and_loads_on_two_ranks(tmp_path: Path)
     script = SCRIPTS / "plain_cuda_training.py"
     done = _python(*TORCHRUN, "-m", "mcore_lab.cpu", script, tmp_path / "checkpoint")
     assert done.returncode == 0, done.stderr
-    said = re.findall(r"rank (\d) losses (\[.*\])", done.stdout)
+    said = re.findall(r"rank (\d) losses (\[[^\]]*\])", done.stdout)
     losses = {rank: json.loads(text) for rank, text in said}
     assert losses.keys() == {"0", "1"}
     assert losses["0"] == losses["1"]

@@ -358,3 +358,19 @@ def test_a_rank_that_is_killed_when_all_have_finished_holds_up_nobody(
     with _within(20), pytest.raises(RankFailedError, match=r"rank \d was killed by SIGKILL"):
         launch(_rank, 2, timeout=SECONDS)
     assert "Event" not in vars(multiprocessing.get_context("fork"))
+
+
+def test_a_signal_ends_a_launch_in_a_process_that_was_forked_itself() -> None:
+    context = multiprocessing.get_context("fork")
+    started = context.Semaphore(0)
+
+    def hang() -> None:
+        started.release()
+        signal.pause()
+
+    process = context.Process(target=launch, args=(hang, 2))
+    process.start()
+    assert all(started.acquire(timeout=SECONDS) for _ in range(2))
+    process.terminate()
+    process.join(20)
+    assert process.exitcode == 128 + signal.SIGTERM
