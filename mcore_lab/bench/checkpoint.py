@@ -18,6 +18,7 @@ from mcore_lab.checkpoint import step_folder
 from mcore_lab.checkpoint.copies import Copies
 from mcore_lab.checkpoint.load import load_checkpoint
 from mcore_lab.checkpoint.manifest import files_in
+from mcore_lab.checkpoint.publication import wait_for_removals
 from mcore_lab.checkpoint.save import Save, begin_save, save_checkpoint
 from mcore_lab.checkpoint.state import Progress
 from mcore_lab.config import Recipe, recipe_to_toml
@@ -63,10 +64,7 @@ def measure_on_rank(recipe: Recipe, rounds: int, folder: Path | None = None) -> 
         RankLog(int(os.environ.get("RANK", "0"))) as log,
         process_group() as world,
         Console(speaks=False) as console,
-        # The last checkpoint but one may still be on its way out.
-        tempfile.TemporaryDirectory(
-            prefix="mcore_lab-", dir=folder, ignore_cleanup_errors=True
-        ) as own,
+        tempfile.TemporaryDirectory(prefix="mcore_lab-", dir=folder) as own,
     ):
         # Each rank has a log, and rank 0 the checkpoints, in a folder of its own.
         recorder = _SavingRecorder(
@@ -110,6 +108,7 @@ class _SavingRecorder(Recorder):
             blocked = _blocked_seconds(saving(begin_save, step + 1, copies=copies))
             took["blocked"].append(blocked)
             took["disk"].append(_seconds(partial(_write, where[0] / "bytes", self.size)))
+        wait_for_removals()
         dist.barrier()  # The checkpoints are gone when rank 0 has ended.
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from threading import Thread
 
 from mcore_lab.checkpoint.folders import (
     LATEST,
@@ -18,6 +18,8 @@ from mcore_lab.checkpoint.folders import (
     whole_checkpoints,
 )
 from mcore_lab.errors import CheckpointError
+
+_REMOVING = "removes checkpoints"
 
 
 def make_room(unfinished: Path, size: int) -> None:
@@ -71,12 +73,19 @@ def prune(
     doomed = [_retired(folder) for folder in surplus]
     if in_background:
         # What it does not come to, the next save cleans up.
-        Thread(target=_remove_all, args=(doomed,), name="prune").start()
+        threading.Thread(target=_remove_all, args=(doomed,), name=_REMOVING).start()
         return surplus
     for folder, retired in zip(surplus, doomed, strict=True):
         with _explained(folder):
             shutil.rmtree(retired)
     return surplus
+
+
+def wait_for_removals() -> None:
+    """Return when all that is removed in the background is gone."""
+    for thread in threading.enumerate():
+        if thread.name == _REMOVING:
+            thread.join()
 
 
 def clean_up(checkpoints: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +17,13 @@ from mcore_lab.checkpoint.folders import (
     step_folder,
     whole_checkpoints,
 )
-from mcore_lab.checkpoint.publication import clean_up, make_room, prune, publish
+from mcore_lab.checkpoint.publication import (
+    clean_up,
+    make_room,
+    prune,
+    publish,
+    wait_for_removals,
+)
 from mcore_lab.errors import CheckpointError
 
 CHANGES = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree")
@@ -140,9 +145,7 @@ def test_those_that_go_in_the_background_are_no_checkpoints_at_once_and_gone_in_
         save(tmp_path, step)
     prune(tmp_path, 1, in_background=True)
     assert list(whole_checkpoints(tmp_path)) == [3]
-    for thread in threading.enumerate():
-        if thread.name == "prune":
-            thread.join(30)
+    wait_for_removals()
     assert not list(tmp_path.glob(".step-*"))
 
 
