@@ -15,6 +15,8 @@ from mcore_lab.layout import ParallelLayout
 from mcore_lab.recipes import find_recipe, made_for, recipe_names
 
 _PLOTS = (".svg", ".png", ".pdf")
+_BYTE_TOKENS = 256
+_VOCABULARY_MULTIPLE = 128
 
 
 class Parser(argparse.ArgumentParser):
@@ -57,7 +59,14 @@ def smallest_world(layout: ParallelLayout) -> int:
     return max(1, layout.pp * math.lcm(dense, experts))
 
 
-def require_writable(option: str, file: str | None) -> None:
+def vocabulary(recipe: Recipe) -> int:
+    """Return the rows of the embedding, as `model.model_vocab_size` does, which imports torch."""
+    needed = _BYTE_TOKENS if recipe.data.path else recipe.data.mock_vocab_size + 1
+    multiple = math.lcm(_VOCABULARY_MULTIPLE, recipe.layout.tp)
+    return recipe.model.vocab_size or -(-needed // multiple) * multiple
+
+
+def require_writable(option: str, file: str | Path | None) -> None:
     """Raise ConfigError if it can be seen beforehand that the file cannot be written."""
     if file is None:
         return
@@ -78,11 +87,11 @@ def require_plottable(option: str, file: Path | None) -> None:
 
     if file.suffix not in _PLOTS:
         raise ConfigError(f"{option} {file}: a file that ends in {', '.join(_PLOTS)}")
-    require_writable(option, str(file))
+    require_writable(option, file)
     require_matplotlib()
 
 
-def write_file(option: str, file: str, content: str) -> None:
+def write_file(option: str, file: str | Path, content: str) -> None:
     """Write what an option asked for, or raise ConfigError with what is in the way."""
     try:
         Path(file).write_text(content, encoding="utf-8")

@@ -6,12 +6,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from mcore_lab.cli.arguments import recipe_arguments, write_file
+from mcore_lab.cli.arguments import recipe_arguments, vocabulary, write_file
 from mcore_lab.cli.check import require_no_broken_rules
-from mcore_lab.config import LaunchSettings
+from mcore_lab.config import LaunchSettings, Recipe
 from mcore_lab.layout import RankShare, rank_shares
+from mcore_lab.layout.matrices import matrix_cuts
 from mcore_lab.recipes.legs import legs
 from mcore_lab.report import rank_map_svg
+from mcore_lab.report.matrices_svg import matrices_svg
 from mcore_lab.report.rank_map import spans
 from mcore_lab.report.tables import print_json, print_table
 
@@ -27,6 +29,8 @@ class RanksSettings(LaunchSettings):
 
     svg: str | None = None
     """Draw the map of ranks as a picture, too, into this file."""
+    matrices: str | None = None
+    """Draw how each matrix of a layer is cut, too, into this file."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -40,6 +44,8 @@ def main(argv: Sequence[str]) -> int:
     then = [leg.place for leg in legs(recipe, nproc)[1:]]
     if picture:
         write_file("--svg", picture, rank_map_svg(f"{recipe.name} on {nproc} ranks", shares))
+    if matrices := arguments.own["matrices"]:
+        write_file("--matrices", matrices, _matrices(recipe, nproc))
     if arguments.json:
         ranks = [asdict(share) for share in shares]
         answer = {"recipe": recipe.name, "nproc": nproc, "ranks": ranks, "groups": groups}
@@ -50,9 +56,15 @@ def main(argv: Sequence[str]) -> int:
         print_table(("groups", "ranks"), _group_rows(groups))
         if then:
             print(f"\nand then {', then '.join(then)}")
-        if picture:
-            print(f"\nwritten to {picture}", file=sys.stderr)
+        if written := [file for file in (picture, matrices) if file]:
+            print(f"\nwritten to {' and '.join(written)}", file=sys.stderr)
     return 0
+
+
+def _matrices(recipe: Recipe, nproc: int) -> str:
+    layout, longest = recipe.layout, recipe.layout.padded(recipe.data.sequence_length)
+    cuts = matrix_cuts(layout, recipe.model, vocabulary(recipe), longest, recipe.model.backend)
+    return matrices_svg(recipe.name, layout, cuts, nproc)
 
 
 def _columns(kinds: Sequence[str]) -> tuple[str, ...]:

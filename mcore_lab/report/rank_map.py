@@ -9,7 +9,7 @@ from mcore_lab.layout import RankShare
 
 _BOX_WIDTH, _LINE, _PAD, _GAP = 190, 17, 10, 14
 _LEFT, _TOP = 70, 64
-_COLOURS = ("#dbeafe", "#dcfce7", "#fef3c7", "#fce7f3", "#ede9fe", "#ffedd5", "#cffafe", "#e2e8f0")
+COLOURS = ("#dbeafe", "#dcfce7", "#fef3c7", "#fce7f3", "#ede9fe", "#ffedd5", "#cffafe", "#e2e8f0")
 
 
 def rank_map_svg(title: str, shares: Sequence[RankShare]) -> str:
@@ -45,7 +45,7 @@ def rank_map_svg(title: str, shares: Sequence[RankShare]) -> str:
 
 
 def _box(share: RankShare, x: int, y: int, height: int) -> str:
-    colour = _COLOURS[share.coordinates.tp % len(_COLOURS)]
+    colour = COLOURS[share.coordinates.tp % len(COLOURS)]
     head, *rest = _lines(share)
     texts = [
         f'<text x="{x + _PAD}" y="{y + _PAD + 12}" font-weight="600">{escape(head)}</text>',
