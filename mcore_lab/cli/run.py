@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mcore_lab.cli.arguments import recipe_arguments
 from mcore_lab.cli.check import require_no_broken_rules
-from mcore_lab.config import LaunchSettings
+from mcore_lab.config import LaunchSettings, TraceSettings
 from mcore_lab.errors import ConfigError, nearest
 from mcore_lab.lessons import LESSONS
 from mcore_lab.recipes import recipe_names
@@ -19,7 +19,7 @@ Or give a lesson on them: {", ".join(LESSONS)}."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunSettings(LaunchSettings):
+class RunSettings(TraceSettings, LaunchSettings):
     """What the command line of `run` says apart from the recipe."""
 
     max_restarts: int = 0

@@ -35,6 +35,16 @@ class Settings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TraceSettings(Settings):
+    """Those of what trains a recipe."""
+
+    trace: bool = False
+    """Record when each rank computes, communicates and waits in a few steps, and its memory."""
+    trace_steps: int = 3
+    """How many steps are traced, after two of warm-up."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LaunchSettings(Settings):
     """Those of a command that knows how many ranks there are, which else torchrun does."""
 
@@ -52,6 +62,9 @@ class RunArguments:
     json: bool = False
     nproc: int | None = None
     """Ranks on this machine; None if it was not given, and under torchrun."""
+    trace: bool = False
+    """Whether some steps are traced."""
+    trace_steps: int = 3
     launch: str = ""
     """Names the launch, so that a restart of it knows what is its own in the run folder."""
     own: Mapping[str, Any] = field(default_factory=dict)
@@ -74,7 +87,7 @@ def parse_recipe(
         recipe = recipe_from_toml(file, base=recipe)
     recipe = lay_over(recipe, given, COMMAND_LINE)
     run_dir = Path(values.pop("run_dir") or Path("runs") / recipe.name)
-    shared = {f.name: values.pop(f.name) for f in fields(LaunchSettings) if f.name in values}
+    shared = {f.name: values.pop(f.name) for f in fields(RunArguments) if f.name in values}
     return RunArguments(recipe=recipe, run_dir=run_dir, **shared, own=values)
 
 
@@ -101,7 +114,8 @@ def parse_recipe_or_exit(default: Recipe, argv: Sequence[str] | None = None) -> 
     """Return `parse_recipe` of this program's command line: for a module that torchrun starts."""
     words = sys.argv[1:] if argv is None else argv
     try:
-        return parse_recipe(default, words, f"python -m mcore_lab.recipes.{default.name}")
+        module = f"python -m mcore_lab.recipes.{default.name}"
+        return parse_recipe(default, words, module, TraceSettings)
     except LabError as error:
         exit_with(error)
 

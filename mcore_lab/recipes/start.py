@@ -9,6 +9,9 @@ import os
 import socket
 import sys
 import uuid
+from collections.abc import Callable
+from contextlib import closing
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,12 +26,12 @@ from mcore_lab.config import (
     recipe_to_toml,
 )
 from mcore_lab.data import text_files
-from mcore_lab.errors import LabError, LayoutError, RankFailedError
+from mcore_lab.errors import ConfigError, LabError, LayoutError, RankFailedError
 from mcore_lab.recipes import later_layouts, layers, load_recipe, shown_layer
 from mcore_lab.recipes.legs import going_on, legs, legs_left
 from mcore_lab.report.tables import print_table
 from mcore_lab.training import RunFolder
-from mcore_lab.training.rules import require_trainable
+from mcore_lab.training.rules import require_traceable, require_trainable
 
 if TYPE_CHECKING:
     from mcore_lab.recipes.layers.parts import LayerReport
@@ -89,12 +92,30 @@ def require_startable(arguments: RunArguments, world_size: int) -> None:
     if broken := [rule for leg in legs(recipe, world_size) for rule in leg.broken_rules()]:
         raise LayoutError("\n".join(dict.fromkeys(map(str, broken))))
     require_trainable(recipe)
+    if arguments.trace:
+        _require_traceable(arguments)
     folder = RunFolder(arguments.run_dir)
     resume = recipe.training.resume
     start = starting_point(recipe.checkpoint.load, resume, folder.checkpoints)
     folder.require_usable(fresh=arguments.fresh, resume=resume, start=start.path if start else None)
     if recipe.data.path is not None:
         text_files(Path(recipe.data.path))
+
+
+def _require_traceable(arguments: RunArguments) -> None:
+    """Raise ConfigError for a run of which nothing can be traced."""
+    recipe = arguments.recipe
+    if arguments.trace_steps < 1:
+        raise ConfigError(f"--trace-steps must not be below 1; it is {arguments.trace_steps}")
+    if shown_layer(recipe.name):
+        raise ConfigError(f"{recipe.name} shows a layer and takes no step that --trace could see")
+    if later_layouts(recipe.name):
+        raise ConfigError(
+            f"{recipe.name} goes through several layouts, and a trace is of one: trace a recipe "
+            "that stays on one (mcore-lab run tp2_gpt --trace)"
+        )
+    if recipe.training.resume == "none":
+        require_traceable(recipe.training.steps)
 
 
 def run_rank(arguments: RunArguments) -> Summary | LayerReport | None:
@@ -131,6 +152,12 @@ def _train(leg: RunArguments, run: RunArguments, ranks: int | None = None) -> Su
     from mcore_lab.training.recorder import Recorder
     from mcore_lab.training.stop import stop_on_signals
 
+    recorder_class: Callable[..., Recorder] = Recorder
+    if run.trace:
+        from mcore_lab.training.tracing.recorder import TracingRecorder
+
+        recorder_class = partial(TracingRecorder, trace_steps=run.trace_steps)
+
     with (
         stop_on_signals() as stop,
         RankLog(_rank()) as log,
@@ -139,7 +166,7 @@ def _train(leg: RunArguments, run: RunArguments, ranks: int | None = None) -> Su
     ):
         from mcore_lab.recipes.story import train
 
-        recorder = Recorder(
+        recorder = recorder_class(
             RunFolder(run.run_dir),
             log,
             console,
@@ -147,7 +174,8 @@ def _train(leg: RunArguments, run: RunArguments, ranks: int | None = None) -> Su
             fresh=leg.fresh,
             launch=run.launch,
         )
-        return train(leg.recipe, world, recorder, stop=stop)
+        with closing(recorder):
+            return train(leg.recipe, world, recorder, stop=stop)
 
 
 def _train_legs(run: RunArguments, world_size: int) -> SummaryOfLegs | None:

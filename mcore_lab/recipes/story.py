@@ -128,6 +128,7 @@ def train(
         micro_batch_size=data.micro_batch_size,
     )
     while progress.step < training.steps:
+        recorder.begin_step(progress.step + 1)
         started = time.perf_counter()
         for chunk in model:
             chunk.zero_grad_buffer()

@@ -96,6 +96,9 @@ class Recorder:
         self._console.say(f"device {device.type} with {device.communication}: {device.reason}")
         self._console.say(f"backend {backend.name}: {backend.reason}")
 
+    def begin_step(self, step: int) -> None:
+        """See that a step begins. What records a run has nothing to do then."""
+
     def step(
         self,
         step: int,
@@ -182,6 +185,9 @@ class Recorder:
         scheduler: OptimizerParamScheduler,
     ) -> None:
         """See everything as it is after the last step."""
+
+    def close(self) -> None:
+        """Let go of what is held beside the run's folder, however the run has ended: nothing."""
 
     def summary(self) -> Summary:
         """Return how the run ended, and say where its checkpoint is."""

@@ -30,6 +30,10 @@ _AT_LEAST = {
     "data.memory_sequences": 1,
 }
 
+TRACE_WARM_UP = 2
+"""Steps before the first that `--trace` looks at: in the first much is made that stays, in the
+second the memory of activations is counted."""
+
 _NOT_TOLD = {
     ("ddp", "use_megatron_fsdp"): False,
     ("ddp", "use_custom_fsdp"): False,
@@ -51,6 +55,17 @@ def require_trainable(recipe: Recipe) -> None:
     ]
     if broken:
         raise ConfigError("\n".join(broken))
+
+
+def require_traceable(steps: int, first_step: int = 0) -> None:
+    """Raise ConfigError if a run that begins after `first_step` has no step left for `--trace`."""
+    if steps <= first_step + TRACE_WARM_UP:
+        after = f" after step {first_step}" if first_step else ""
+        raise ConfigError(
+            f"--trace looks at the steps that follow {TRACE_WARM_UP} of warm-up, and with "
+            f"--training.steps {steps} there is none{after}: --training.steps "
+            f"{first_step + TRACE_WARM_UP + 1} or more"
+        )
 
 
 def decay_steps(training: Training) -> int:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mcore_lab.errors import RunFolderError
+from mcore_lab.report.rank_trace import RankTrace
 
 if TYPE_CHECKING:
     from mcore_lab.training.metrics import StepMetrics
 
 _RECIPE, _METRICS, _VALIDATION = "recipe.toml", "metrics.jsonl", "validation.jsonl"
-_CHECKPOINTS, _LOGS, _LAUNCH = "checkpoints", "logs", ".launch"
+_CHECKPOINTS, _LOGS, _LAUNCH, _TRACE = "checkpoints", "logs", ".launch", "trace"
 _LATEST = f"{_CHECKPOINTS}/latest_checkpointed_iteration.txt"
 _WRITTEN = (
     _RECIPE,
@@ -27,12 +28,18 @@ _WRITTEN = (
     _LATEST,
     _LAUNCH,
     f"{_LOGS}/rank-*.log",
+    f"{_TRACE}/rank-*.json",
+    f"{_TRACE}/chrome_trace.json",
+    f"{_TRACE}/*.svg",
+    "report.html",
 )
 """What a run writes, and all that `--fresh` removes."""
 
 
 class RunFolder:
-    """`recipe.toml`, `metrics.jsonl`, `validation.jsonl`, `checkpoints/` and `logs/` of one run.
+    """`recipe.toml`, `metrics.jsonl`, `validation.jsonl`, `checkpoints/`, `logs/` of one run.
+
+    And with `--trace` its `trace/`.
 
     Nothing is written, and nothing of an earlier run removed, before `begin`: a run that cannot
     start leaves what is there as it was.
@@ -50,6 +57,11 @@ class RunFolder:
     def logs(self) -> Path:
         """Where each rank's log is."""
         return self.path / _LOGS
+
+    @property
+    def trace(self) -> Path:
+        """Where what was traced of the run is."""
+        return self.path / _TRACE
 
     @property
     def holds_a_run(self) -> bool:
@@ -126,6 +138,38 @@ class RunFolder:
         """Return the steps that have been recorded."""
         return list(self._lines(_METRICS))
 
+    def validations(self) -> list[dict[str, Any]]:
+        """Return the validations that have been recorded."""
+        return list(self._lines(_VALIDATION))
+
+    def ranks_that_logged(self) -> int:
+        """Return how many ranks have a log here: all, unless other machines write elsewhere."""
+        return sum(1 for _ in self.logs.glob("rank-*.log"))
+
+    def write_trace(self, name: str, text: str) -> None:
+        """Write a file of the trace."""
+        with self._writing():
+            self.trace.mkdir(exist_ok=True)
+            _replace(self.trace / name, text)
+
+    def remove_trace(self) -> None:
+        """Remove what was traced before."""
+        with self._writing():
+            self._remove(pattern for pattern in _WRITTEN if pattern.startswith(f"{_TRACE}/"))
+
+    def traces(self) -> list[RankTrace]:
+        """Return what each rank has traced, in order of rank; nothing if the run was not traced.
+
+        Raises RunFolderError for a file that is not a trace, or cannot be read.
+        """
+        traces = []
+        for file in self.trace.glob("rank-*.json"):
+            try:
+                traces.append(RankTrace.from_json(file.read_text(encoding="utf-8")))
+            except (OSError, RunFolderError, UnicodeDecodeError) as error:
+                raise RunFolderError(f"cannot read {file}: {error}") from None
+        return sorted(traces, key=lambda trace: trace.rank)
+
     def _append(self, name: str, line: dict[str, Any]) -> None:
         with self._writing(), (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -145,7 +189,10 @@ class RunFolder:
                 _replace(self.path / name, "".join(kept))
 
     def _remove_run(self) -> None:
-        for pattern in _WRITTEN:
+        self._remove(_WRITTEN)
+
+    def _remove(self, patterns: Iterable[str]) -> None:
+        for pattern in patterns:
             for found in self.path.glob(pattern):
                 if found.is_dir():
                     shutil.rmtree(found)
