@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from mcore_lab.cli.arguments import Parser, require_plottable
+from mcore_lab.cli.runs import run_in
 from mcore_lab.config import read_toml
-from mcore_lab.errors import ConfigError, RunFolderError, nearest
+from mcore_lab.errors import ConfigError, RunFolderError
 from mcore_lab.report.divergence import QUANTITIES, Curve, Divergence, differing_keys, divergence
 from mcore_lab.report.tables import print_json, print_table
 from mcore_lab.training import RunFolder
@@ -27,7 +28,7 @@ _HINT = (
 def main(argv: Sequence[str]) -> int:
     """Print how far two runs are apart at every step; return 0 if within tolerance, else 1."""
     options = _options(argv)
-    folders = RunFolder(options.runs[0]), RunFolder(options.runs[1])
+    folders = run_in(options.runs[0]), run_in(options.runs[1])
     found = _compared(folders, options.tolerance)
     keys = differing_keys(*(read_toml(folder.path / "recipe.toml") for folder in folders))
     if options.json:
@@ -71,8 +72,6 @@ def _compared(folders: tuple[RunFolder, RunFolder], tolerance: float) -> Diverge
 
 
 def _metrics(folder: RunFolder) -> list[dict[str, Any]]:
-    if not folder.holds_a_run:
-        raise RunFolderError(f"no run in {folder.path}{_runs_near(folder.path)}")
     lines = folder.metrics()
     if not lines:
         raise RunFolderError(f"no step is recorded in {folder.path}")
@@ -84,14 +83,6 @@ def _metrics(folder: RunFolder) -> list[dict[str, Any]]:
                     f"for {name}"
                 )
     return lines
-
-
-def _runs_near(path: Path) -> str:
-    """Return which runs there are beside a path and in runs/, or nothing."""
-    parents = [parent for parent in {path.parent, Path("runs")} if parent.is_dir()]
-    folders = {folder for parent in parents for folder in parent.iterdir()}
-    found = sorted(str(folder) for folder in folders if RunFolder(folder).holds_a_run)
-    return nearest(str(path), found) or (f"; there is {', '.join(found[:5])}" if found else "")
 
 
 def _tell(runs: Sequence[Path], found: Divergence, keys: Mapping[str, Any]) -> None:

@@ -1,6 +1,7 @@
-"""How the verifier's page looks: from pale to deep blue is rounding, from orange to brown is off.
+"""How the pages look.
 
-Blue and orange are told apart by people of every colour vision; what is off has a frame as well.
+On the verifier's, from pale to deep blue is rounding, from orange to brown is off. Blue and
+orange are told apart by people of every colour vision; what is off has a frame as well.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _STYLE = """
 :root { color-scheme: light; font: 14px/1.45 system-ui, sans-serif; color: #1b2733; }
 body { margin: 0 auto; max-width: 1240px; padding: 20px 28px 60px; background: #fff; }
 header { border-left: 6px solid; padding: 4px 20px; margin-bottom: 28px; background: #f7f9fb; }
-header.agrees { border-color: #2b7bba; }
+header.agrees, header.run { border-color: #2b7bba; }
 header.differs { border-color: #d94801; }
 header.differs h1 b { color: #b33c00; }
 header.agrees h1 b { color: #1f6299; }
@@ -54,6 +55,9 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 .legend { font-size: 12px; color: #5b6b7b; margin: 34px 0 -16px; }
 .legend span { display: inline-block; min-width: 46px; text-align: center; padding: 1px 5px; }
 .legend sup { line-height: 0; }
+figure { margin: 12px 0; }
+figure svg { max-width: 100%; height: auto; display: block; }
+code { font-size: 12px; }
 details { margin-top: 14px; }
 summary { cursor: pointer; font-weight: 600; margin-bottom: 8px; }
 """

@@ -6,11 +6,12 @@ other file.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
 from mcore_lab.report.heat_map import heat_map, legend, level, strain
+from mcore_lab.report.html import facts, folded, table, title
 from mcore_lab.report.page_style import PAGE
 
 _MAPS = {
@@ -33,8 +34,8 @@ def verification_page(report: Mapping[str, Any]) -> str:
         *_heat_maps(report["verdicts"]),
         *_folded(f"{len(agree)} comparisons that agree", agree),
     ]
-    title = escape(f"{report['recipe']} on {report['world_size']} ranks")
-    return PAGE.format(title=title, body="\n".join(parts))
+    name = escape(f"{report['recipe']} on {report['world_size']} ranks")
+    return PAGE.format(title=name, body="\n".join(parts))
 
 
 def _head(report: Mapping[str, Any]) -> Iterator[str]:
@@ -44,7 +45,7 @@ def _head(report: Mapping[str, Any]) -> Iterator[str]:
     if report["hints"]:
         yield f"<ul>{''.join(f'<li>{escape(hint)}</li>' for hint in report['hints'])}</ul>"
     sizes = report["layout"].items()
-    facts = {
+    known = {
         "layout": " ".join(key if size is True else f"{key}{size}" for key, size in sizes),
         "ranks": report["world_size"],
         "precision": report["precision"],
@@ -52,23 +53,20 @@ def _head(report: Mapping[str, Any]) -> Iterator[str]:
         "Megatron-Core": report["megatron_core"],
         "torch": report["torch"],
     }
-    yield "<dl>"
-    for name, fact in facts.items():
-        yield f"<div><dt>{name}</dt><dd>{escape(str(fact))}</dd></div>"
-    yield "</dl></header>"
+    yield f"{facts(known)}</header>"
 
 
 def _off(verdicts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     if off := [verdict for verdict in verdicts if not verdict["passed"]]:
-        yield _title("What is off", "in the order in which it is computed: look at the first")
+        yield title("What is off", "in the order in which it is computed: look at the first")
         yield _verdict_table(off[:_FIRST])
         yield from _folded(f"{len(off) - _FIRST} more that are off", off[_FIRST:])
 
 
 def _kinds(kinds: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    yield _title("What was compared", "each kind with what is nearest to its tolerance")
+    yield title("What was compared", "each kind with what is nearest to its tolerance")
     columns = ("kind", "comparisons", "off", "error", "tolerance", "error / tolerance", "where")
-    yield _table(columns, map(_kind_row, kinds))
+    yield table(columns, map(_kind_row, kinds))
 
 
 def _kind_row(summary: Mapping[str, Any]) -> tuple[str, ...]:
@@ -79,9 +77,9 @@ def _kind_row(summary: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _losses(losses: Sequence[Sequence[Any]]) -> Iterator[str]:
     if losses:
-        yield _title("Loss", "mean of each step, in nats")
+        yield title("Loss", "mean of each step, in nats")
         rows = (_loss_row(step, *map(float, pair)) for step, pair in enumerate(losses, 1))
-        yield _table(("step", "one rank", "layout", "difference"), rows)
+        yield table(("step", "one rank", "layout", "difference"), rows)
 
 
 def _loss_row(step: int, one_rank: float, layout: float) -> tuple[str, ...]:
@@ -90,24 +88,23 @@ def _loss_row(step: int, one_rank: float, layout: float) -> tuple[str, ...]:
 
 def _heat_maps(verdicts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield legend()
-    for kind, (title, remark) in _MAPS.items():
+    for kind, (words, remark) in _MAPS.items():
         of_kind = [verdict for verdict in verdicts if verdict["kind"] == kind]
         if of_kind:
             # Gradients are judged from the last layer to the first; the maps run forward.
             forward = of_kind[::-1] if kind == "gradient" else of_kind
-            yield _title(title, remark)
+            yield title(words, remark)
             yield heat_map(forward)
 
 
 def _folded(summary: str, verdicts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     if verdicts:
-        table = _verdict_table(verdicts)
-        yield f"<details><summary>{summary}</summary>{table}</details>"
+        yield folded(summary, _verdict_table(verdicts))
 
 
 def _verdict_table(verdicts: Sequence[Mapping[str, Any]]) -> str:
     columns = ("kind", "what", "error", "tolerance", "error / tolerance", "norm ratio")
-    return _table(columns, map(_verdict_row, verdicts))
+    return table(columns, map(_verdict_row, verdicts))
 
 
 def _verdict_row(verdict: Mapping[str, Any]) -> tuple[str, ...]:
@@ -122,17 +119,6 @@ def _shared_cells(verdict: Mapping[str, Any]) -> tuple[str, ...]:
     strained = strain(verdict)
     is_off = "" if verdict["passed"] else " off"
     return *names, *numbers, f'<i class="l{level(strained)}{is_off}">{_number(strained)}</i>'
-
-
-def _title(title: str, remark: str) -> str:
-    return f"<h2>{title} <small>{remark}</small></h2>"
-
-
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table; the cells are HTML already."""
-    head = "".join(f"<th>{column}</th>" for column in columns)
-    body = "\n".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    return f'<table class="list"><tr>{head}</tr>\n{body}\n</table>'
 
 
 def _number(value: Any) -> str:
