@@ -9,6 +9,7 @@ from mcore_lab.errors import ConfigError, nearest
 
 BENCHMARKS = {
     "step": "time a recipe's step beside the same model in a bare Megatron-Core loop",
+    "trace": "time steps that --trace records beside steps of the same run that it does not",
     "checkpoint": "time the save and the load of a recipe's checkpoint, with optimizer and hashes",
     "soak": "kill a recipe's ranks again and again, and see that each restart changes nothing",
     "collectives": "check, count and time collectives in the groups of a layout",
