@@ -39,6 +39,8 @@ def main(argv: Sequence[str]) -> int:
     _require_known(argv)
     arguments, nproc = recipe_arguments("run", _WHAT, argv, RunSettings)
     if arguments.own["compare"]:
+        if arguments.trace:
+            raise ConfigError("--compare runs several layouts: --trace one of them without it")
         from mcore_lab.cli.comparison import show
 
         return show(arguments)

@@ -15,7 +15,8 @@ import pytest
 import torch
 from small_runs import SMALL, changed, run
 
-from mcore_lab.config import Recipe, RunArguments
+from mcore_lab.cli import main
+from mcore_lab.config import Recipe, RunArguments, parse_recipe_or_exit
 from mcore_lab.errors import ConfigError
 from mcore_lab.recipes import load_recipe
 from mcore_lab.recipes.start import require_startable, run_rank
@@ -407,7 +408,19 @@ def assert_arrows(
             assert any(first <= end["ts"] <= last + 1e-3 for first, last in spans(rows, row))
 
 
-# What cannot be traced is told in a line.
+# What is asked for, and what cannot be: that is told in a line.
+
+
+def test_a_recipe_s_module_takes_the_options_too() -> None:
+    """What torchrun starts, as `mcore-lab run` does."""
+    said = parse_recipe_or_exit(RECIPE, ["--trace", "--trace-steps", "7"])
+    assert (said.trace, said.trace_steps) == (True, 7)
+    assert not parse_recipe_or_exit(RECIPE, []).trace
+
+
+def test_a_comparison_is_not_traced(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "sequence_memory", "--compare", "--trace"]) == 2
+    assert capsys.readouterr().err.startswith("error: --compare runs several layouts")
 
 
 @pytest.mark.parametrize(

@@ -6,15 +6,20 @@ import dataclasses
 from collections.abc import Sequence
 
 from mcore_lab.cli.bench.of_recipe import benchmark_arguments, measured
+from mcore_lab.errors import ConfigError
 from mcore_lab.report.tables import print_json, print_table
-from mcore_lab.training.rules import require_traceable
+from mcore_lab.training.rules import TRACE_WARM_UP
 
 
 def main(argv: Sequence[str]) -> int:
     """Print the times of steps that are traced and of those that are not, and the overhead."""
     arguments, nproc = benchmark_arguments("trace", argv)
-    # The last step is a plain one.
-    require_traceable(arguments.recipe.training.steps - 1)
+    steps, fewest = arguments.recipe.training.steps, TRACE_WARM_UP + 2
+    if steps < fewest:
+        raise ConfigError(
+            f"--training.steps {steps}: {fewest} or more, {TRACE_WARM_UP} of warm-up and one that "
+            "is traced beside one that is not"
+        )
     times, device = measured("trace", arguments.recipe, nproc)
     if arguments.json:
         print_json(dataclasses.asdict(times) | {"nproc": nproc, "device": device})
