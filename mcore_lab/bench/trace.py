@@ -84,8 +84,8 @@ class _EverySecondStep(TracingRecorder):
         super().step(*args, **kwargs)
         self.ends.append(time.perf_counter())
 
-    def _write(self, events: Any) -> None:
-        self._calls = len(events.calls) / len(self._traced)
+    def _write(self) -> None:
+        self._calls = len(self._events.calls) / len(self._traced)
 
     def calls_a_step(self) -> float:
         """Return how many calls of process groups a traced step has written down."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,42 +34,45 @@ _NOTHING = object()
 Wrap = Callable[[Any], Callable[..., Any]]
 
 
-@contextmanager
-def recording(log: EventLog, optimizer: Any) -> Iterator[None]:
-    """Write into `log` what this rank computes and communicates as long as the body runs."""
-    wraps: list[tuple[Any, str, Wrap]] = [
-        (schedules, "forward_step", functools.partial(_forward, log)),
-        (schedules, "backward_step", functools.partial(_backward, log)),
-        (P2PCommunicator, "_communicate", functools.partial(_communicate, log)),
-        (P2PCommunicator, "_communicate_shapes", functools.partial(_shapes, log)),
-        (Work, "wait", functools.partial(_wait, log)),
-        (optimizer, "step", functools.partial(_optimizer_step, log)),
-    ]
-    for name, (op, size, sent) in _OPERATIONS.items():
-        # Names differ from one torch to another.
-        if hasattr(ProcessGroup, name):
-            wraps.append((ProcessGroup, name, functools.partial(_collective, log, op, size, sent)))
-    for name, op in {"send": "send", "recv": "receive"}.items():
-        wraps.append((ProcessGroup, name, functools.partial(_message, log, op)))
-    with ExitStack() as replaced:
-        for owner, name, wrap in wraps:
-            replaced.enter_context(_replaced(owner, name, wrap))
-        yield
+class Hooks:
+    """The wrapped functions of this rank: made once, and in place only while it records."""
 
+    def __init__(self, log: EventLog, optimizer: Any) -> None:
+        self._wrapped: list[tuple[Any, str, Callable[..., Any]]] = []
+        self._wrap(schedules, "forward_step", functools.partial(_forward, log))
+        self._wrap(schedules, "backward_step", functools.partial(_backward, log))
+        self._wrap(P2PCommunicator, "_communicate", functools.partial(_communicate, log))
+        self._wrap(P2PCommunicator, "_communicate_shapes", functools.partial(_shapes, log))
+        self._wrap(optimizer, "step", functools.partial(_optimizer_step, log))
+        for name, (op, size, sent) in _OPERATIONS.items():
+            # Names differ from one torch to another.
+            if hasattr(ProcessGroup, name):
+                wrap = functools.partial(_collective, log, op, size, sent)
+                self._wrap(ProcessGroup, name, wrap)
+        self._wrap(ProcessGroup, "send", functools.partial(_message, log, "send"))
+        self._wrap(ProcessGroup, "recv", functools.partial(_message, log, "receive"))
+        self._wrap(Work, "wait", functools.partial(_wait, log))
 
-@contextmanager
-def _replaced(owner: Any, name: str, wrap: Wrap) -> Iterator[None]:
-    """Put a wrapped function in the place of a module's, a class's or an object's."""
-    own = vars(owner).get(name, _NOTHING)
-    original = getattr(owner, name)
-    setattr(owner, name, functools.wraps(original)(wrap(original)))
-    try:
-        yield
-    finally:
-        if own is _NOTHING:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, own)
+    def _wrap(self, owner: Any, name: str, wrap: Wrap) -> None:
+        original = getattr(owner, name)
+        self._wrapped.append((owner, name, functools.wraps(original)(wrap(original))))
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Write down what this rank computes and communicates as long as the body runs."""
+        before = [
+            (owner, name, vars(owner).get(name, _NOTHING)) for owner, name, _ in self._wrapped
+        ]
+        try:
+            for owner, name, wrapped in self._wrapped:
+                setattr(owner, name, wrapped)
+            yield
+        finally:
+            for owner, name, own in before:
+                if own is _NOTHING:
+                    delattr(owner, name)
+                else:
+                    setattr(owner, name, own)
 
 
 def _forward(log: EventLog, forward_step: Any) -> Callable[..., Any]:
@@ -163,7 +166,7 @@ def _collective(
         given = (*args, *kwargs.values())
         ranks = len(described.ranks)
         size = size_of(given, ranks)
-        sent = sent_of(size, ranks, given, group.rank()) if ranks > 1 else 0
+        sent = sent_of(size, ranks, given, group) if ranks > 1 else 0
         return _called(log, log.call(op, number, size, sent), method, group, *args, **kwargs)
 
     return recorded
@@ -180,13 +183,15 @@ def _called(log: EventLog, call: OpenCall, method: Any, *args: Any, **kwargs: An
 # How many bytes an operation is of, and how many of them a rank has to send.
 
 _Size = Callable[[tuple[Any, ...], int], int]
-_Sent = Callable[[int, int, tuple[Any, ...], int], int]
+_Sent = Callable[[int, int, tuple[Any, ...], ProcessGroup], int]
 
 
 def _bytes(tensors: Any) -> int:
     """Return the bytes of a tensor, or of all in a list of them, or of lists of them."""
     if isinstance(tensors, torch.Tensor):
-        return tensors.numel() * tensors.element_size()
+        # On CPU the facade looks at every function of a tensor; this one is none of its business.
+        with torch._C.DisableTorchFunction():
+            return tensors.nbytes
     return sum(map(_bytes, tensors))
 
 
@@ -212,29 +217,29 @@ def _none(given: tuple[Any, ...], ranks: int) -> int:
     return 0
 
 
-def _all(size: int, ranks: int, given: tuple[Any, ...], own_rank: int) -> int:
+def _all(size: int, ranks: int, given: tuple[Any, ...], group: ProcessGroup) -> int:
     return size
 
 
-def _all_but_own(size: int, ranks: int, given: tuple[Any, ...], own_rank: int) -> int:
+def _all_but_own(size: int, ranks: int, given: tuple[Any, ...], group: ProcessGroup) -> int:
     return size * (ranks - 1) // ranks
 
 
-def _twice_all_but_own(size: int, ranks: int, given: tuple[Any, ...], own_rank: int) -> int:
+def _twice_all_but_own(size: int, ranks: int, given: tuple[Any, ...], group: ProcessGroup) -> int:
     """An all-reduce is a reduce-scatter and an all-gather."""
     return 2 * size * (ranks - 1) // ranks
 
 
-def _all_but_own_rows(size: int, ranks: int, given: tuple[Any, ...], own_rank: int) -> int:
+def _all_but_own_rows(size: int, ranks: int, given: tuple[Any, ...], group: ProcessGroup) -> int:
     """An all-to-all of one tensor, of which every rank gets so many rows, or as many as others."""
     _, _, _, rows, *_ = given
     if not rows:
-        return _all_but_own(size, ranks, given, own_rank)
-    return size - size * rows[own_rank] // max(1, sum(rows))
+        return _all_but_own(size, ranks, given, group)
+    return size - size * rows[group.rank()] // max(1, sum(rows))
 
 
-def _all_but_own_tensor(size: int, ranks: int, given: tuple[Any, ...], own_rank: int) -> int:
-    return size - _bytes(given[1][own_rank])
+def _all_but_own_tensor(size: int, ranks: int, given: tuple[Any, ...], group: ProcessGroup) -> int:
+    return size - _bytes(given[1][group.rank()])
 
 
 _OPERATIONS: dict[str, tuple[str, _Size, _Sent]] = {

@@ -22,7 +22,7 @@ from mcore_lab.training.recorder import Recorder
 from mcore_lab.training.rules import TRACE_WARM_UP, require_traceable
 from mcore_lab.training.tracing.clock import Clock
 from mcore_lab.training.tracing.event_log import EventLog
-from mcore_lab.training.tracing.hooks import recording
+from mcore_lab.training.tracing.hooks import Hooks
 from mcore_lab.training.tracing.memory import held_bytes
 
 
@@ -38,8 +38,6 @@ class TracingRecorder(Recorder):
         super().__init__(*args, **kwargs)
         self._trace_steps = trace_steps
         self._open = ExitStack()
-        self._memory: TensorMemory | None = None
-        self._events: EventLog | None = None
 
     def begin(self, recipe: Recipe, world: World, backend: Backend, first_step: int) -> None:
         """Make the run folder, and decide which steps are traced."""
@@ -60,11 +58,13 @@ class TracingRecorder(Recorder):
     def begin_step(self, step: int) -> None:
         """Trace the step, or count its memory, if it is one of those."""
         if step == self._traced[0] - 1:
+            self._clock = Clock(self._world)
+            self._events = EventLog(self._clock, _sizes(self._recipe.layout, self._world.size))
+            self._hooks = Hooks(self._events, self._optimizer)
             self._memory = self._open.enter_context(TensorMemory())
         if step in self._traced:
-            events = self._log_of_events()
-            self._open.enter_context(recording(events, self._optimizer))
-            events.begin_step(step)
+            self._open.enter_context(self._hooks.recording())
+            self._events.begin_step(step)
 
     def look_at_gradients(self, step: int, model: Any, reports: Any) -> None:
         """Stop counting memory: what comes now is the optimizer's."""
@@ -73,28 +73,21 @@ class TracingRecorder(Recorder):
 
     def step(self, step: int, *numbers: Any, **more: Any) -> None:
         """Record the step, and write what was traced if it was the last of it."""
-        if step in self._traced and self._events:
+        if step in self._traced:
             self._events.end_step()
             self._open.close()
         super().step(step, *numbers, **more)
-        if step == self._traced[-1] and self._events:
-            self._write(self._events)
+        if step == self._traced[-1]:
+            self._write()
 
     def close(self) -> None:
         """Leave nothing wrapped, however the run has ended."""
         self._open.close()
 
-    def _log_of_events(self) -> EventLog:
-        if self._events is None:
-            self._clock = Clock(self._world)
-            sizes = _sizes(self._recipe.layout, self._world.size)
-            self._events = EventLog(self._clock, sizes)
-        return self._events
-
-    def _write(self, events: EventLog) -> None:
+    def _write(self) -> None:
         """Write each rank's trace, and then, on the first, the pictures of all of them."""
         first = self._world.is_first
-        trace = self._trace(events)
+        trace = self._trace()
         with fail_together():
             if first:
                 self.folder.remove_trace()
@@ -112,15 +105,13 @@ class TracingRecorder(Recorder):
             f"trace of {steps} in {self.folder.trace}; mcore-lab report {self.folder.path} shows it"
         )
 
-    def _trace(self, events: EventLog) -> RankTrace:
+    def _trace(self) -> RankTrace:
         if self._world.device.type == "cuda":
             torch.cuda.synchronize()
-        recipe, world = self._recipe, self._world
+        recipe, world, events = self._recipe, self._world, self._events
         layout, data = recipe.layout, recipe.data
         replicas = layout.data_parallel_size(world.size)
-        memory = held_bytes(self._model, self._optimizer)
-        if self._memory:
-            memory["activations"] = self._memory.peak
+        memory = held_bytes(self._model, self._optimizer) | {"activations": self._memory.peak}
         return RankTrace(
             rank=world.rank,
             world_size=world.size,
