@@ -44,14 +44,14 @@ class Settings:
     """b, samples of a step, of all ranks together."""
     steps: int = 5
     """Of gradient descent, towards random targets."""
-    lr: float = 0.5
+    lr: float = 0.5  # the learning rate
     overlap: bool = False
     """Train with a reduction that begins while the backward goes on; else it is all after it."""
     bucket_mib: float = 2.0
     """A bucket is full when it has this many MiB of gradients."""
     timed_steps: int = 20
     """How many steps are timed, with overlap and without."""
-    seed: int = 42
+    seed: int = 42  # decides weights and samples
 
 
 class Bucket:
@@ -189,7 +189,7 @@ def _tell(found: dict[str, Any], n: int) -> None:
     print(f"\nThe parameters of the ranks differ by {found['parameters_differ_by']}; from those of")
     print(f"one rank with all samples they differ by {found['from_one_rank_by']:.0e} at most.\n")
     rows = [[way, f"{1000 * median:.2f}"] for way, median in found["seconds"].items()]
-    print_table([f"reduction of {found['buckets']} buckets", "ms a step, median"], rows)
+    print_table([f"reduction, buckets: {found['buckets']}", "ms a step, median"], rows)
 
 
 if __name__ == "__main__":

@@ -37,14 +37,26 @@ class CommonToLaunch(Common):
     """Ranks on this machine; those that the lesson is made for if not set."""
 
 
+class _ReaderLeftError(LabError):
+    """Whoever read what rank 0 prints does so no more: `... | head`."""
+
+    exit_code = 141
+
+
 def launch_lesson(name: str, argv: Sequence[str]) -> None:
-    """Give the lesson on ranks of this machine, as the options say. Raises LabError."""
+    """Give the lesson on ranks of this machine, as the options say. Raises LabError.
+
+    And BrokenPipeError, as any program that prints does, when nobody reads it any more.
+    """
     lesson = load_lesson(name)
     settings, common = _parse(lesson.settings, CommonToLaunch, argv, f"mcore-lab run {name}")
     nproc = LESSONS[name] if common.nproc is None else common.nproc
     device = choose_device(nproc).type
     arguments = (lesson.run, settings, common.json)
-    found = launch(give, nproc, *arguments, device=device, megatron_core=False)[0]
+    try:
+        found = launch(give, nproc, *arguments, device=device, megatron_core=False)[0]
+    except _ReaderLeftError:
+        raise BrokenPipeError from None
     if common.json:
         print_json(found)
 
@@ -56,6 +68,8 @@ def main(settings: type[Any], lesson: LessonFunction) -> None:
     try:
         chosen, common = _parse(settings, Common, sys.argv[1:], prog)
         found = give(lesson, chosen, common.json)
+    except _ReaderLeftError as error:
+        sys.exit(error.exit_code)
     except LabError as error:
         exit_with(error)
     except Exception as error:
@@ -71,8 +85,15 @@ def give(lesson: LessonFunction, settings: Any, silent: bool = False) -> dict[st
     """Give the lesson on this rank, in a process group of plain torch; return what it found."""
     words = contextlib.redirect_stdout(io.StringIO()) if silent else contextlib.nullcontext()
     rank = int(os.environ.get("RANK", "0"))
-    with words, RankLog(rank), process_group(megatron_core=False) as world:
-        return lesson(settings, world)
+    try:
+        with words, RankLog(rank), process_group(megatron_core=False) as world:
+            found = lesson(settings, world)
+            sys.stdout.flush()
+            return found
+    except BrokenPipeError:
+        # Nothing more can be written, not by Python's last flush either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise _ReaderLeftError from None
 
 
 def _parse(

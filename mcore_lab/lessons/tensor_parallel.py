@@ -41,8 +41,8 @@ class Settings:
     """b, samples of a step, the same on all ranks."""
     steps: int = 5
     """Of gradient descent, towards random targets."""
-    lr: float = 0.5
-    seed: int = 42
+    lr: float = 0.5  # the learning rate
+    seed: int = 42  # decides weights and samples
 
 
 class CopyToRanks(torch.autograd.Function):

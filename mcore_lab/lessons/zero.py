@@ -44,7 +44,9 @@ class Settings:
     steps: int = 10
     """Of Adam, towards random targets."""
     lr: float = 1e-3
+    """The learning rate."""
     seed: int = 42
+    """Decides weights and samples."""
 
 
 class PlainAdam:

@@ -15,6 +15,7 @@ from mcore_lab.errors import ConfigError
 
 REPOSITORY = Path(__file__).parent.parent.parent
 FOLDER = REPOSITORY / "mcore_lab" / "lessons"
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
@@ -30,11 +31,14 @@ def test_a_lesson_says_why_what_to_look_at_and_where_it_is_from(name: str) -> No
     assert lessons.describe(name).endswith(".") and len(lessons.describe(name)) < 100
 
 
+@pytest.mark.parametrize("nproc", [(), ("--nproc", "1")], ids=["usual", "alone"])
 @pytest.mark.parametrize("name", lessons.LESSONS)
-def test_a_lesson_runs_by_its_name_and_speaks(name: str, capfd: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["run", name, *SMALL.get(name, ())]) == 0
+def test_a_lesson_runs_by_its_name_and_speaks(
+    name: str, nproc: tuple[str, ...], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["run", name, *nproc, *SMALL.get(name, ())]) == 0
     told = capfd.readouterr()
-    assert told.out.count("\n") > 4 and not told.err
+    assert told.out.count("\n") > 3 and not told.err
 
 
 SMALL = {
@@ -52,7 +56,7 @@ def test_under_torchrun_each_rank_is_one_of_its_processes_and_json_is_all_that_i
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
         [*torchrun, "-m", "mcore_lab.lessons.collectives", "--numbers", "3", "--json"],
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=120,
@@ -71,7 +75,7 @@ def test_a_lesson_that_is_run_alone_has_one_rank_and_imports_no_megatron_core() 
     )
     done = subprocess.run(
         [sys.executable, "-c", program],
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=120,
@@ -103,6 +107,17 @@ def test_what_a_person_got_wrong_is_told_in_one_line(
     told = capfd.readouterr()
     assert told.err.startswith(f"error: {message}") and told.err.count("\n") == 1
     assert not told.out
+
+
+@pytest.mark.parametrize("start", ["mcore_lab run collectives", "mcore_lab.lessons.collectives"])
+def test_a_reader_that_leaves_early_is_no_error(start: str) -> None:
+    pipe = subprocess.PIPE
+    words = [sys.executable, "-m", *start.split()]
+    with subprocess.Popen(words, env=ENVIRONMENT, stderr=pipe, stdout=pipe, text=True) as process:
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
 
 
 def test_a_lesson_that_is_not_there_names_the_near_ones() -> None:
