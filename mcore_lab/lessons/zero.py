@@ -5,7 +5,9 @@ same state of Adam, two moments a parameter, and they all compute the same step.
 each rank takes the step for its n-th part of the parameters, and holds the state of that part. The
 all-reduce of the gradients becomes its two halves: a reduce-scatter brings each rank the averages
 of its part, and after the step an all-gather gives everyone the new parameters. Together they move
-what the all-reduce did (see the lesson `collectives`): the memory costs nothing.
+what the all-reduce did (see the lesson `collectives`): the memory costs nothing. That is so with
+NCCL. Gloo reduces everything to everyone and throws away what a rank did not ask for, so that on
+CPU half as much again is moved.
 
 What to look at: the bytes of Adam's state on each rank, and that the parameters after all steps are
 those of plain data parallelism. ZeRO's second stage splits the gradients as well, its third the
