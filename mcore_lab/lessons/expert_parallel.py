@@ -6,7 +6,7 @@ how many will come (an all-to-all of counts), send them (an all-to-all of tokens
 experts and send back what they made. Weighed by the router, that adds up to the token's output.
 Nothing makes tokens choose evenly, and the fullest rank is waited for. The auxiliary loss pushes
 the router to it: N Σ f_i P_i, with f_i the share of choices that fell on expert i, and P_i the mean
-probability that the router gave it. It is 1 if all are even, and N at worst.
+probability that the router gave it. It is 1 if all are even, N / k at worst.
 
 What to look at: how many tokens each expert and each rank got, the bytes that were sent for it, and
 that output and gradients are those of one rank that holds every expert.
@@ -48,6 +48,7 @@ class Settings:
     aux_loss_coeff: float = 0.01
     """Weight of the auxiliary loss in the loss."""
     seed: int = 42
+    """Decides weights and data."""
 
 
 class Router(nn.Module):
@@ -173,7 +174,7 @@ def lesson(settings: Settings, world: World) -> dict[str, Any]:
     weights = [whole.router.weight, *whole.experts[held.start : held.stop].parameters()]
     expected = [of_ranks[world.rank].grad, *(weight.grad for weight in weights)]
 
-    # Own tokens away, and those of others back; in the backward pass as many again.
+    # Own tokens away, and those of others back.
     arrived, stayed = layer.arrived.sum().item(), layer.arrived[world.rank].sum().item()
     sent = (k * len(own) - stayed) + (arrived - stayed)
     row = {
@@ -190,6 +191,7 @@ def lesson(settings: Settings, world: World) -> dict[str, Any]:
     if world.is_first:
         ranks.print_rows(found["ranks"])
         print(f"\nIf all were even: {k * settings.tokens} tokens a rank, an auxiliary loss of 1.")
+        print("Bytes are those of the forward pass; the backward pass sends as many again.")
     return found
 
 

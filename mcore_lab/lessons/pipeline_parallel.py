@@ -50,6 +50,7 @@ class Settings:
     micro_batch_size: int = 64
     """Samples of each part."""
     seed: int = 42
+    """Decides weights and data."""
 
 
 class Stage:

@@ -47,6 +47,7 @@ class Settings:
     causal: bool = True
     """Whether a token sees only itself and those before it."""
     seed: int = 42
+    """Decides queries, keys and values."""
 
 
 class Passing:
@@ -107,7 +108,7 @@ class RingAttention(torch.autograd.Function):
         chunks: Chunks = ctx.chunks
         block, gathering = torch.stack([key, value]), None
         grad_query = torch.zeros_like(query)
-        # Softmax's own backward: a weight gains at the cost of all, by what they gain in the mean.
+        # Softmax's backward: a score gains what its weight gains above the mean of all weights.
         mean = (grad_output * output).sum(-1, keepdim=True)
         for step in range(chunks.size):
             passing = Passing(block) if step < chunks.size - 1 else None
@@ -171,7 +172,7 @@ def lesson(settings: Settings, world: World) -> dict[str, Any]:
         slowest = sum(map(max, zip(*(row["scores by step"] for row in rows), strict=True)))
         found[order] = {"ranks": rows, "slowest": slowest}
         if world.is_first:
-            print(f"{order}: the slowest rank, step by step, has {slowest:,} scores of a head.\n")
+            print(f"{order}: step by step the slowest rank computes {slowest:,} scores a head.\n")
             ranks.print_rows(rows)
             print()
     return found
