@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, make_dataclass
 from typing import Any
 
+import torch.distributed as dist
+
 from mcore_lab.config import exit_with, is_rank_0, parse_settings
 from mcore_lab.errors import ConfigError, LabError, RankFailedError
 from mcore_lab.lessons import LESSONS, load_lesson
@@ -87,6 +89,8 @@ def give(lesson: LessonFunction, settings: Any, silent: bool = False) -> dict[st
     rank = int(os.environ.get("RANK", "0"))
     try:
         with words, RankLog(rank), process_group(megatron_core=False) as world:
+            # A rank that refuses its settings ends: one that still meets it would complain of that.
+            dist.barrier()
             found = lesson(settings, world)
             sys.stdout.flush()
             return found
