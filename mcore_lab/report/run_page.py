@@ -144,7 +144,7 @@ def _ranks(report: RunReport, world_size: int) -> Iterator[str]:
     kinds = ["tp", "cp", "pp", "dp", *(["ep", "etp", "edp"] if model.num_moe_experts else [])]
     groups = {kind: layout.groups(kind, world_size) for kind in kinds}
     rows = [
-        (kind, "&ensp;".join(" ".join(map(str, ranks)) for ranks in members))
+        (kind, "&ensp;|&ensp;".join(" ".join(map(str, ranks)) for ranks in members))
         for kind, members in groups.items()
         if world_size <= _MOST_DRAWN
     ]
