@@ -137,13 +137,14 @@ def _from_scratch(recipe: Recipe) -> Held:
         ffn_hidden_size=model.ffn_hidden_size or 4 * model.hidden_size,
         max_sequence_length=model.max_sequence_length or data.sequence_length,
         causal=model.causal_attention,
+        initial_std=model.transformer.get("init_method_std", 0.02),
     )
     losses = []
     with RankLog(int(os.environ["RANK"])), process_group() as world, TensorMemory() as memory:
         everyone = dist.group.WORLD
         assert everyone
         part = transformer.Transformer(config, everyone).to(world.device.type)
-        optimizer = torch.optim.Adam(part.parameters(), training.lr)
+        optimizer = torch.optim.Adam(part.parameters(), training.lr, fused=True)
         # All ranks take all samples of a step, the same as on Megatron-Core.
         batches = GlobalBatches(
             build_datasets(data).train,
