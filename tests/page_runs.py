@@ -8,6 +8,8 @@ import math
 import os
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,9 @@ from mcore_lab.runtime import launch, model_parallel
 
 def run_python(page: Path, ranks: int, folder: Path) -> dict[int, list[str]]:
     """Run the blocks of so many ranks in one launch; return what is not so, by a block's line."""
-    blocks = [block for block in blocks_of(page) if block.language == "python"]
+    blocks = [
+        block for block in blocks_of(page) if block.language == "python" and not block.is_script
+    ]
     imports = [block.code for block in blocks if "imports" in block.where]
     # Groups are made once for each layout; the sort is stable, so that sections stay in order.
     here = sorted(
@@ -119,6 +123,15 @@ def _plain(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.tolist()
     return tuple(value) if isinstance(value, torch.Size) else value
+
+
+def run_script(code: str, folder: Path) -> str:
+    """Run a program of a page as a file in `folder`; return what it printed."""
+    (folder / "script.py").write_text(code, encoding="utf-8")
+    words = [sys.executable, "script.py"]
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def run_command(command: str) -> tuple[int, str]:

@@ -50,6 +50,11 @@ class Block:
         return int(self.where.get("ranks", 1))
 
     @property
+    def is_script(self) -> bool:
+        """Whether it is a whole program, to be run as a file."""
+        return self.language == "python" and 'if __name__ == "__main__":' in self.code
+
+    @property
     def is_alone(self) -> bool:
         """Whether it makes its process groups itself."""
         return "alone" in self.where

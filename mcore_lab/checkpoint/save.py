@@ -25,7 +25,6 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint import CheckpointException
 
-import mcore_lab
 from mcore_lab.checkpoint import publication
 from mcore_lab.checkpoint.copies import Copies
 from mcore_lab.checkpoint.failures import failures_explained
@@ -35,6 +34,7 @@ from mcore_lab.checkpoint.state import Progress, content_metadata, full_state
 from mcore_lab.checkpoint.write import Plan, Written, buckets_of, finish, plan, write_shards
 from mcore_lab.errors import CheckpointError
 from mcore_lab.runtime.together import fail_together
+from mcore_lab.version import installed_version
 
 
 def save_checkpoint(
@@ -224,7 +224,7 @@ def _layout_sizes() -> dict[str, int]:
 
 def _versions() -> dict[str, str]:
     return {
-        "mcore_lab": mcore_lab.__version__,
+        "mcore_lab": installed_version(),
         "megatron-core": version("megatron-core"),
         "torch": torch.__version__,
         "python": platform.python_version(),

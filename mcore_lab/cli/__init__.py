@@ -56,9 +56,9 @@ def _command(words: list[str]) -> int:
         print(_help())
         return 0
     if name in ("-V", "--version"):
-        import mcore_lab
+        from mcore_lab.version import installed_version
 
-        print(f"mcore-lab {mcore_lab.__version__}")
+        print(f"mcore-lab {installed_version()}")
         return 0
     if name not in COMMANDS:
         hint = nearest(name, COMMANDS) or f"; there is {', '.join(COMMANDS)}"

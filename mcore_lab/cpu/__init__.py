@@ -10,6 +10,8 @@ from __future__ import annotations
 import logging
 import warnings
 
+__all__ = ["enable", "is_enabled", "preload"]
+
 _enabled = False
 
 
