@@ -8,7 +8,7 @@ from pathlib import Path
 from mcore_lab.checkpoint.folders import require_checkpoint
 from mcore_lab.cli.arguments import smallest_world
 from mcore_lab.cli.check import broken_rules
-from mcore_lab.config import parse_recipe
+from mcore_lab.config import LaunchSettings, parse_recipe
 from mcore_lab.errors import ConfigError, LayoutError
 from mcore_lab.report.tables import print_json
 
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     from mcore_lab.recipes.carried import recipe_in
     from mcore_lab.recipes.reshard import reshard
 
-    arguments = parse_recipe(recipe_in(source), argv[2:], _PROG)
+    arguments = parse_recipe(recipe_in(source), argv[2:], _PROG, LaunchSettings)
     recipe = arguments.recipe
     nproc = smallest_world(recipe.layout) if arguments.nproc is None else arguments.nproc
     if broken := recipe.layout.check(recipe.model, recipe.data, nproc):

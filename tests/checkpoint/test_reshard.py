@@ -37,7 +37,16 @@ def test_it_holds_the_same_and_a_run_goes_on_from_it(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = step_2(trained / "checkpoints")
-    words = ["checkpoint", "reshard", str(trained), str(tmp_path / "tp2"), "--layout.tp", "2"]
+    words = [
+        "checkpoint",
+        "reshard",
+        str(trained),
+        str(tmp_path / "tp2"),
+        "--tp",
+        "2",
+        "--nproc",
+        "2",
+    ]
     assert cli.main(words) == 0
     written = step_2(tmp_path / "tp2")
     assert capsys.readouterr().out == f"checkpoint {written}, of 2 ranks\n"
