@@ -52,6 +52,7 @@ NOT_HERE = {
     "python3 -m venv": "makes the environment of the tests; tests/test_packaging.py makes others",
     "pytest": "is these tests",
     "nox": "is these tests on both Pythons",
+    "build": "is run by tests/test_packaging.py",
     "docker": "needs a Docker engine",
     "buildah": "is run by the tests of docker/",
     "sbatch": "needs a Slurm cluster",
