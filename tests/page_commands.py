@@ -176,7 +176,7 @@ def _wrong_with_torchrun(words: Sequence[str], *, whole: bool) -> Iterator[str]:
 def _wrong_with_module(module: str, words: Sequence[str], ranks: int) -> Iterator[str]:
     room, _, name = module.rpartition(".")
     try:
-        if importlib.util.find_spec(module) is None:
+        if room.startswith("mcore_lab") and importlib.util.find_spec(module) is None:
             yield f"there is no module {module}"
         elif room == "mcore_lab.recipes" and name in recipe_names():
             parse_recipe(find_recipe(name), words, module, TraceSettings)

@@ -190,20 +190,25 @@ def type_line(text: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+PREPARED = (
+    # The README's first command, which a reader of any page has typed.
+    "mcore-lab run tp2_gpt --nproc 2",
+    "mcore-lab run tp2_gpt --training.steps 0 --run-dir runs/start",
+    "mcore-lab run tp2_gpt --training.steps 2 --checkpoint.load runs/start --run-dir runs/A",
+    "mcore-lab run tp2_gpt --training.steps 2 --checkpoint.load runs/start --run-dir runs/B --tp 1",
+)
+
+
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder that has what readers are told to bring: two runs, a text and a script."""
+    """Return a folder that has what readers are told to bring: runs, a text and a script."""
     folder = tmp_path_factory.mktemp("reader")
     (folder / "recipes").symlink_to(ROOT / "recipes")
     (folder / "my_text").mkdir()
     (folder / "my_text" / "one.txt").write_text("All that the ranks hold is one model.\n" * 2000)
     (folder / "my_script.py").write_text(SCRIPT)
-    for run, layout in (("A", "--tp 2"), ("B", "--tp 1")):
-        steps = "--training.steps 2 --checkpoint.load runs/start" if run else ""
-        if run == "A":
-            start = "mcore-lab run tp2_gpt --training.steps 0 --run-dir runs/start"
-            assert type_line(start, folder).returncode == 0
-        made = type_line(f"mcore-lab run tp2_gpt {layout} {steps} --run-dir runs/{run}", folder)
+    for command in PREPARED:
+        made = type_line(command, folder)
         assert made.returncode == 0, made.stderr
     return folder
 
