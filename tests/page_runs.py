@@ -134,6 +134,19 @@ def run_script(code: str, folder: Path) -> str:
     return done.stdout
 
 
+def type_line(text: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Type a line in a shell that is in `folder`; the programs are those of this environment."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", text],
+        cwd=folder,
+        env=os.environ | {"PATH": path, "PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+
+
 def run_command(command: str) -> tuple[int, str]:
     """Run `mcore-lab ...` in this process; return its status and what it printed."""
     name, *words = shlex.split(command)

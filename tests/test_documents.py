@@ -7,16 +7,13 @@ name.
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from page_commands import Command, commands_in
 from page_commands import wrong_with as wrong_with_command
-from page_runs import run_script
+from page_runs import run_script, type_line
 from pages import blocks_of
 
 ROOT = Path(__file__).parents[1]
@@ -167,10 +164,6 @@ SESSIONS = {
     for name in PAGES
     if name not in HELD_ELSEWHERE
 }
-ENVIRONMENT = os.environ | {
-    "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-    "PYTHONPATH": str(ROOT),
-}
 SCRIPT = """
 import torch
 from megatron.core import parallel_state
@@ -181,18 +174,6 @@ whole = torch.ones(1, device="cuda")
 torch.distributed.all_reduce(whole, group=parallel_state.get_tensor_model_parallel_group())
 assert whole.item() == 2
 """
-
-
-def type_line(text: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Type a line in a shell that is in `folder`; the programs are those of this environment."""
-    return subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", text],
-        cwd=folder,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
 
 
 PREPARED = (

@@ -12,6 +12,7 @@ BENCHMARKS = {
     "trace": "time steps that --trace records beside steps of the same run that it does not",
     "checkpoint": "time the save and the load of a recipe's checkpoint, with optimizer and hashes",
     "soak": "kill a recipe's ranks again and again, and see that each restart changes nothing",
+    "recipes": "time recipes and lessons, as they are, from the command to its end",
     "collectives": "check, count and time collectives in the groups of a layout",
 }
 
@@ -22,7 +23,7 @@ def main(argv: Sequence[str]) -> int:
     if name in ("-h", "--help"):
         print("usage: mcore-lab bench BENCHMARK [NAME] [--nproc N] [options]\n")
         print(*(f"  {name:<13}{what}" for name, what in BENCHMARKS.items()), sep="\n")
-        print("\nNAME is a recipe; collectives takes none. Each has --help.")
+        print("\nNAME is a recipe; recipes takes any number, collectives none. Each has --help.")
         return 0 if argv else 2
     if name not in BENCHMARKS:
         hint = nearest(name, BENCHMARKS) or f"; there is {', '.join(BENCHMARKS)}"
