@@ -63,6 +63,7 @@ NOT_HERE = {
 
 IN_LESS_TIME = {
     "mcore-lab run sequence_memory --compare": ("--training.steps 3", "an hour"),
+    "mcore-lab run recipes/tp2_gpt_batch128.toml": ("--training.steps 2", "minutes"),
     "mcore-lab verify --sweep --world 8": ("--world 2", "a quarter of an hour"),
     "mcore-lab bench soak tp2_gpt --kills 20": ("--kills 2", "twenty minutes"),
     "mcore-lab run tp2_gpt --nproc 2 --training.steps 1000 --checkpoint.save-every 50 "
