@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from functools import partial
+from typing import Any
 
 
 class LabError(Exception):
@@ -43,6 +45,18 @@ class RankFailedError(LabError):
     """A rank that failed in mid-run, after it had started well."""
 
     exit_code = 1
+
+
+class LostPeerError(RankFailedError):
+    """A rank that waited in a collective for one that did not come."""
+
+    def __init__(self, message: str, *, timed_out: bool = False) -> None:
+        super().__init__(message)
+        self.timed_out = timed_out
+        """Whether the time limit ended it; else the connection was lost."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(LostPeerError, timed_out=self.timed_out), self.args
 
 
 class NotFiniteError(LabError):

@@ -14,7 +14,7 @@ from mcore_lab.config.options import given_words, given_words_of
 from mcore_lab.config.overlay import COMMAND_LINE, field_types, lay_over
 from mcore_lab.config.recipe import Recipe
 from mcore_lab.config.toml import recipe_from_toml
-from mcore_lab.errors import LabError, PreemptedError
+from mcore_lab.errors import LabError, LostPeerError, PreemptedError
 
 T = TypeVar("T")
 _TELLING_SECONDS = 30
@@ -124,14 +124,21 @@ def exit_with(error: LabError) -> NoReturn:
     """Leave the program with the error's exit status; rank 0 prints its message.
 
     torchrun ends all ranks when one has left: the others wait for that, so that rank 0 comes to its
-    word. One that is alone with its error says it itself in the end.
+    word. One that is alone with its error says it itself in the end. A rank that another has left
+    speaks for its machine, which rank 0 may not be on; one that waited in vain, for itself.
     """
-    if not is_rank_0() and not isinstance(error, PreemptedError):
+    if isinstance(error, LostPeerError) and (error.timed_out or _is_first_of_its_machine()):
+        print(f"error: {error}", file=sys.stderr)
+    elif not is_rank_0() and not isinstance(error, PreemptedError):
         time.sleep(_TELLING_SECONDS)
         print(f"error on rank {os.environ['RANK']}: {error}", file=sys.stderr)
     elif is_rank_0():
         print(f"error: {error}", file=sys.stderr)
     sys.exit(error.exit_code)
+
+
+def _is_first_of_its_machine() -> bool:
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def is_rank_0() -> bool:

@@ -137,6 +137,10 @@ class Training:
     """What a loss or a gradient that is not finite does: stop the run before the step that it would
     spoil, or skip that step and go on."""
 
+    collective_timeout: float = 600
+    """Seconds that a rank waits for others in one collective: longer, and the run ends with the
+    rank and the operation that waited. More than the slowest checkpoint takes to write."""
+
     ddp: Mapping[str, Any] = field(default_factory=dict)
     """Any field of the installed Megatron-Core's `DistributedDataParallelConfig`, by name."""
     optimizer: Mapping[str, Any] = field(default_factory=dict)

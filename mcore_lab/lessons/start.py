@@ -14,11 +14,10 @@ from typing import Any
 import torch.distributed as dist
 
 from mcore_lab.config import exit_with, is_rank_0, parse_settings
-from mcore_lab.errors import ConfigError, LabError, RankFailedError
+from mcore_lab.errors import ConfigError, LabError
 from mcore_lab.lessons import LESSONS, load_lesson
 from mcore_lab.report.tables import print_json
 from mcore_lab.runtime import RankLog, World, choose_device, launch, process_group
-from mcore_lab.runtime.together import lost_a_peer
 
 LessonFunction = Callable[[Any, World], dict[str, Any] | None]
 
@@ -74,11 +73,6 @@ def main(settings: type[Any], lesson: LessonFunction) -> None:
         sys.exit(error.exit_code)
     except LabError as error:
         exit_with(error)
-    except Exception as error:
-        if lost_a_peer(error):
-            # torchrun says which rank has gone, and why.
-            exit_with(RankFailedError("another rank has failed or was killed"))
-        raise
     if common.json and is_rank_0():
         print(json.dumps(found))
 

@@ -135,7 +135,8 @@ def _show(layer: str, arguments: RunArguments) -> LayerReport:
     """Show the layer of a recipe that shows one, in a table."""
     from mcore_lab.runtime import RankLog, process_group
 
-    with RankLog(_rank()), process_group() as world:
+    timeout = arguments.recipe.training.collective_timeout
+    with RankLog(_rank()), process_group(timeout_seconds=timeout) as world:
         show = import_module(f"{layers.__name__}.{layer}").show
         report: LayerReport = show(arguments.recipe, world)
         if world.is_first and not arguments.json:
@@ -161,7 +162,7 @@ def _train(leg: RunArguments, run: RunArguments, ranks: int | None = None) -> Su
     with (
         stop_on_signals() as stop,
         RankLog(_rank()) as log,
-        process_group(ranks=ranks) as world,
+        process_group(ranks=ranks, timeout_seconds=run.recipe.training.collective_timeout) as world,
         Console(speaks=world.is_first and not run.json) as console,
     ):
         from mcore_lab.recipes.story import train
@@ -215,23 +216,19 @@ def main(recipe: Recipe) -> None:
         summary = run_rank(arguments)
     except LabError as error:
         exit_with(error)
-    except Exception as error:
-        _exit_if_alone(error)
-        raise
     if arguments.json and summary and is_rank_0():
         print(json.dumps(dataclasses.asdict(summary)))
 
 
-def _exit_if_alone(error: Exception) -> None:
-    """End a rank whose group another has left, in a line: torchrun says which one, and why."""
-    from mcore_lab.runtime.together import lost_a_peer
-
-    if lost_a_peer(error):
-        exit_with(RankFailedError("another rank has failed or was killed; see what torchrun says"))
-
-
 def _torchrun_launch() -> str:
-    """Return what all ranks that one torchrun has started have alike, and no others."""
-    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    # Without a rendezvous of its own, torchrun is this process's parent on the only machine.
-    return run_id if run_id != "none" else f"{socket.gethostname()}-{os.getppid()}"
+    """Return what all ranks of one torchrun's, or of one on each node, have alike, and no others.
+
+    They keep it when they are started again, and also where another launch had the same --rdzv-id.
+    """
+    named = os.environ.get("TORCHELASTIC_RUN_ID", "none") != "none"
+    if not named and os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+        # Without a rendezvous of its own, torchrun is this process's parent on the only node.
+        return f"{socket.gethostname()}-{os.getppid()}"
+    from mcore_lab.runtime.parallel import agreed_on
+
+    return agreed_on("launch", uuid.uuid4().hex)

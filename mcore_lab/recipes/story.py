@@ -62,7 +62,10 @@ def train(
     data, training = recipe.data, recipe.training
 
     # Who is who: this rank joins the groups of its tensor, pipeline, context, expert, data peers.
-    parallel_state.initialize_model_parallel(**recipe.layout.model_parallel_sizes())
+    parallel_state.initialize_model_parallel(
+        **recipe.layout.model_parallel_sizes(),
+        distributed_timeout_minutes=world.timeout_seconds / 60,
+    )
     random.seed(training.seed)
     np.random.seed(training.seed % 2**32)
     torch.manual_seed(training.seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -16,8 +17,11 @@ import torch.distributed as dist
 from mcore_lab import cpu
 from mcore_lab.layout import ParallelLayout
 from mcore_lab.runtime.device import Device, choose_device, threads_per_rank
+from mcore_lab.runtime.interface import choose_interface
 from mcore_lab.runtime.ports import free_port
+from mcore_lab.runtime.waiting import waited_in_vain
 
+_LOGGER = logging.getLogger(__name__)
 _joined = itertools.count()
 
 
@@ -30,6 +34,8 @@ class World:
     local_rank: int
     local_size: int
     device: Device
+    timeout_seconds: float
+    """How long this rank waits for others in one collective."""
 
     @property
     def is_first(self) -> bool:
@@ -42,7 +48,7 @@ def process_group(
     *,
     ranks: int | None = None,
     device: str = "auto",
-    timeout_minutes: float = 10,
+    timeout_seconds: float = 600,
     megatron_core: bool = True,
 ) -> Iterator[World]:
     """Join the process group that torchrun or `launch` describes; leave it at the end.
@@ -52,6 +58,10 @@ def process_group(
     `mcore_lab.cpu` is enabled first. The body calls `parallel_state.initialize_model_parallel`, or
     uses `model_parallel` in the place of this. Without `megatron_core` the body needs torch alone:
     Megatron-Core is not imported, and no patch is applied.
+
+    A rank that waits longer than `timeout_seconds` for another in a collective, or whose connection
+    to it is lost, raises LostPeerError with what it waited in; groups that the body makes have
+    limits of their own.
     """
     _describe_one_rank_if_alone()
     size = ranks or int(os.environ["WORLD_SIZE"])
@@ -62,6 +72,7 @@ def process_group(
         local_rank=int(os.environ["LOCAL_RANK"]),
         local_size=local_size,
         device=choose_device(local_size, device),
+        timeout_seconds=timeout_seconds,
     )
     if world.device.type == "cpu":
         torch.set_num_threads(threads_per_rank(local_size))
@@ -69,14 +80,19 @@ def process_group(
             cpu.enable()
     else:
         torch.cuda.set_device(world.local_rank)
-    _join(world, timedelta(minutes=timeout_minutes))
+    if world.size > world.local_size and world.device.communication == "gloo":
+        choose_interface(os.environ["MASTER_ADDR"])
     try:
+        _join(world)
         yield world
-    except BaseException:
+    except BaseException as error:
         # Among others, a rank that fails leaves its group by ending: leaving it here would wait for
         # them under NCCL, and let them fail before this one has said why under Gloo.
         if world.size == 1:
             _leave()
+        if told := waited_in_vain(error, world.rank, timeout_seconds):
+            _LOGGER.error(told, exc_info=error)
+            raise told from error
         raise
     _leave()
 
@@ -96,13 +112,16 @@ def model_parallel(
     with process_group(device=device) as world:
         from megatron.core import parallel_state, tensor_parallel
 
-        parallel_state.initialize_model_parallel(**layout.model_parallel_sizes())
+        parallel_state.initialize_model_parallel(
+            **layout.model_parallel_sizes(), distributed_timeout_minutes=world.timeout_seconds / 60
+        )
         torch.manual_seed(seed)
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
         yield world
 
 
-def _join(world: World, timeout: timedelta) -> None:
+def _join(world: World) -> None:
+    timeout = timedelta(seconds=world.timeout_seconds)
     store, rank, size = next(dist.rendezvous("env://", world.rank, world.size, timeout=timeout))
     # torchrun's store outlives a group, and all ranks when they are started again: the next group
     # would find the addresses of the last.
@@ -114,6 +133,17 @@ def _join(world: World, timeout: timedelta) -> None:
         world_size=size,
         timeout=timeout,
     )
+
+
+def agreed_on(what: str, proposal: str) -> str:
+    """Return the first proposal that a rank of this launch has made: the same for all of them.
+
+    And for those that torchrun starts in their place: it is kept in torchrun's own store.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
+    agreed: bytes = store.compare_set(f"mcore_lab/{what}", "", proposal)
+    return agreed.decode()
 
 
 def _leave() -> None:

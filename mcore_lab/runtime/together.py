@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from mcore_lab.errors import LabError
+from mcore_lab.errors import LabError, LostPeerError
 
 
 @contextmanager
@@ -45,6 +45,6 @@ def _on_any_rank(flag: bool) -> bool:
 
 def lost_a_peer(error: BaseException) -> bool:
     """Say whether the error means that another rank has gone."""
-    return isinstance(error, dist.DistError) or (
+    return isinstance(error, dist.DistError | LostPeerError) or (
         isinstance(error, RuntimeError) and "gloo" in str(error).lower()
     )

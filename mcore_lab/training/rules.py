@@ -21,6 +21,7 @@ _AT_LEAST = {
     "training.adam_eps": 0,
     "training.clip_grad": 0,
     "training.eval_every": 1,
+    "training.collective_timeout": 1,
     "training.eval_samples": 1,
     "checkpoint.save_every": 1,
     "checkpoint.keep": 1,

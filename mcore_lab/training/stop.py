@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from mcore_lab.errors import LabError
+from mcore_lab.errors import LabError, LostPeerError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """What schedulers send before they take a machine away."""
@@ -49,7 +49,8 @@ def stop_on_signals() -> Iterator[StopRequest]:
         yield request
     except Exception as error:
         _put_back(before)
-        if request.signal is not None and not isinstance(error, LabError):
+        own = isinstance(error, LabError) and not isinstance(error, LostPeerError)
+        if request.signal is not None and not own:
             os.kill(os.getpid(), request.signal)
         raise
     finally:
