@@ -73,8 +73,8 @@ class Nodes:
             for device in ("lo", "eth0"):
                 _ip("-n", space, "link", "set", device, "up")
             _ip("-n", space, "route", "add", "default", "via", "10.77.0.254")
-            # torchrun's agent that is cut off from its store waits as long as TCP tries again: for a
-            # quarter of an hour by default.
+            # torchrun's agent that is cut off from its store waits as long as TCP tries again: by
+            # default for a quarter of an hour.
             retries = "net.ipv4.tcp_retries2=3"
             _ip("netns", "exec", space, "sysctl", "-q", "-w", retries)
             others = [f"10.77.0.{n + 1} node-{n}" for n in range(self.count) if n != node]

@@ -127,7 +127,7 @@ def test_a_node_that_is_killed_ends_the_run_with_where_it_was_missed(tmp_path: P
     for node, (code, _, standard_error) in enumerate(ended[:3]):
         assert code == 1
         (line,) = told(standard_error)
-        assert f" on node-{node} lost a rank at 10.77.0." in line
+        assert f" on node-{node} lost a rank " in line and " of ranks " in line
 
 
 @pytest.mark.slow
@@ -143,7 +143,7 @@ def test_nodes_that_are_left_go_on_from_the_checkpoint_if_they_may(tmp_path: Pat
         running(folder, agents)
         network.kill(1)
         ended = finish(agents)
-    code, out, standard_error = ended[0]
+    code, _, standard_error = ended[0]
     assert code == 0, standard_error
     metrics = RunFolder(folder).metrics()
     assert [line["step"] for line in metrics] == list(range(1, 401))

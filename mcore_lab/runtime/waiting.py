@@ -14,7 +14,8 @@ import torch.distributed as dist
 from mcore_lab.errors import LostPeerError
 from mcore_lab.runtime.together import lost_a_peer
 
-_TIMED_OUT = re.compile(r"time(d )?-?out", re.IGNORECASE)
+_TIMED_OUT = re.compile(r"timed? ?-?out", re.IGNORECASE)
+_WAITED = re.compile(r"(\d+) ?ms")
 _REMOTE = re.compile(r"(?:peer |remote=)\[([0-9a-fA-F.:]+)\]")
 _COLLECTIVES = "torch.distributed.distributed_c10d"
 _MANY = 16
@@ -35,8 +36,10 @@ def waited_in_vain(error: BaseException, rank: int, timeout_seconds: float) -> L
     where = f"rank {rank} on {socket.gethostname()}"
     what = _operation(error)
     if timed_out:
+        waited = _WAITED.search(text)
+        seconds = int(waited[1]) / 1000 if waited else timeout_seconds
         return LostPeerError(
-            f"{where} waited {timeout_seconds:g} s in {what} for a rank{peer} that did not come: "
+            f"{where} waited {seconds:g} s in {what} for a rank{peer} that did not come: "
             "it hangs, has ended, or is cut off",
             timed_out=True,
         )
@@ -87,4 +90,8 @@ def _in_words(group: Any) -> str:
     ranks = dist.get_process_group_ranks(group)
     shown = ", ".join(map(str, ranks[:_MANY])) + (", …" if len(ranks) > _MANY else "")
     name = getattr(group, "group_desc", "") or ""
-    return f"group {name} of ranks {shown}" if name not in ("", "undefined") else f"ranks {shown}"
+    return (
+        f"group {name} of ranks {shown}"
+        if name not in ("", "undefined", "default_pg")
+        else f"ranks {shown}"
+    )
