@@ -44,19 +44,21 @@ _OWN = "own optimizer"
 def load_weights(
     path: Path,
     chunks: Sequence[torch.nn.Module],
-    optimizer: MegatronOptimizer,
+    optimizer: MegatronOptimizer | None = None,
     *,
     verify: bool = True,
 ) -> None:
     """Load the weights of the checkpoint at `path` and nothing else.
 
-    With `verify` its files are first held against its manifest. Raises CheckpointError, on every
-    rank, if it cannot be read or is of another model.
+    `optimizer` is the one that trains them, if any does. With `verify` its files are first held
+    against its manifest. Raises CheckpointError, on every rank, if it cannot be read or is of
+    another model.
     """
     admit(path, verify=verify)
     _put_weights(chunks, _read(path, _tensors_together(path), model_state(chunks)))
-    # Under bf16 the optimizer made its own copies of the weights before these were loaded.
-    optimizer.reload_model_params()
+    if optimizer is not None:
+        # Under bf16 it made its own copies of the weights before these were loaded.
+        optimizer.reload_model_params()
 
 
 def load_checkpoint(

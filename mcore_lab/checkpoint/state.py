@@ -36,10 +36,12 @@ def model_keys(chunks: Sequence[torch.nn.Module]) -> list[str]:
 def content_metadata(chunks: Sequence[Any]) -> dict[str, Any]:
     """Return which of Megatron-Core's formats the state is in; it is saved with the checkpoint.
 
-    With the distributed optimizer the one that can be read by any layout.
+    With the distributed optimizer the one that can be read by any layout. A chunk that is not
+    trained has none, and no `ddp_config`.
     """
     metadata: dict[str, Any] = {"chained_optim_avoid_prefix": True, "singleton_local_shards": False}
-    if any(chunk.ddp_config.use_distributed_optimizer for chunk in chunks):
+    ddp_configs = [chunk.ddp_config for chunk in chunks if hasattr(chunk, "ddp_config")]
+    if any(config.use_distributed_optimizer for config in ddp_configs):
         metadata["distrib_optim_sharding_type"] = "fully_reshardable"
     return metadata
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from mcore_lab.config.overlay import field_types, sections
 from mcore_lab.config.recipe import Recipe
 from mcore_lab.config.tables import TABLES
-from mcore_lab.config.values import metavar
+from mcore_lab.config.values import metavar, takes_many
 from mcore_lab.errors import ConfigError, nearest
 from mcore_lab.layout import SHORT_NAMES
 
@@ -41,7 +41,7 @@ def given_words(
     ConfigError for unknown options; `--help` prints the help and raises SystemExit(0).
     """
     known = known_options(settings)
-    words = _gathered(list(_spelled_out(argv, known)))
+    words = _gathered(_spelled_out(argv, known), settings)
     options = _options_class(default, settings, words)
     return _parsed(options, words, known, prog, _HELP.format(name=default.name), quiet)
 
@@ -160,20 +160,24 @@ def _spelled_out(argv: Sequence[str], known: Mapping[str, Any]) -> Iterator[str]
             yield word
 
 
-def _gathered(words: Sequence[str]) -> list[str]:
-    """Put the files of every `--config` behind one: of a repeated option tyro takes the last."""
+def _gathered(words: Iterable[str], settings: type) -> list[str]:
+    """Put all that is given for a list of the settings, such as `--config`, behind one option.
+
+    Of an option that is repeated tyro takes the last.
+    """
+    lists = {name for name, kind in _as_options(field_types(settings)).items() if takes_many(kind)}
     rest: list[str] = []
-    files: list[str] = []
+    gathered: dict[str, list[str]] = {}
     taker = rest
     for word in words:
         name, equals, value = word.partition("=")
-        if name == "--config":
-            taker = files
-            files += ["--config"] * (not files) + ([value] if equals else [])
+        if name in lists:
+            taker = gathered.setdefault(name, [name])
+            taker += [value] if equals else []
         else:
             taker = rest if word.startswith("--") else taker
             taker.append(word)
-    return rest + files
+    return rest + [word for option in gathered.values() for word in option]
 
 
 def _fields_given(table: str, words: Iterable[str]) -> list[str]:

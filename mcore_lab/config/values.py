@@ -82,6 +82,11 @@ def metavar(annotation: Any) -> str:
     return _METAVARS.get(annotation, "LIST")
 
 
+def takes_many(annotation: Any) -> bool:
+    """Say whether any number of words can fit the annotation: a list, or a list or None."""
+    return any(map(_is_of_any_length, _members(annotation) or (annotation,)))
+
+
 def choices(annotation: Any) -> list[str]:
     """Return the words that the annotation's `Literal`s allow."""
     if get_origin(annotation) is Literal:

@@ -10,6 +10,8 @@ from mcore_lab.checkpoint.trust import read_metadata
 from mcore_lab.config import Recipe, recipe_from_toml
 from mcore_lab.errors import CheckpointError
 
+_WORD_EMBEDDING = "embedding.word_embeddings.weight"
+
 
 def recipe_in(source: Path) -> Recipe:
     """Return the recipe of the run that wrote the checkpoint. Raises CheckpointError."""
@@ -35,3 +37,14 @@ def recipe_if_in(source: Path) -> Recipe | None:
         file = Path(folder) / "recipe.toml"
         file.write_text(toml, encoding="utf-8")
         return recipe_from_toml(file)
+
+
+def embedding_rows(source: Path) -> int:
+    """Return how many rows the word embedding of the checkpoint has. Raises CheckpointError."""
+    cpu.preload()
+    from mcore_lab.checkpoint.load import tensors_in
+
+    embedding = tensors_in(source).get(_WORD_EMBEDDING)
+    if embedding is None:
+        raise CheckpointError(f"the checkpoint {source} is of no GPT: it has no {_WORD_EMBEDDING}")
+    return int(embedding.global_shape[0])

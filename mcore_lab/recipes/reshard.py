@@ -15,10 +15,9 @@ from mcore_lab.checkpoint import step_folder
 from mcore_lab.checkpoint.trust import read_metadata
 from mcore_lab.config import Recipe, recipe_to_toml
 from mcore_lab.errors import CheckpointError
+from mcore_lab.recipes.carried import embedding_rows
 from mcore_lab.recipes.standing import stand, standing_still
 from mcore_lab.runtime import launch
-
-_WORD_EMBEDDING = "embedding.word_embeddings.weight"
 
 
 def reshard(source: Path, target: Path, recipe: Recipe, nproc: int) -> Path:
@@ -31,14 +30,15 @@ def reshard(source: Path, target: Path, recipe: Recipe, nproc: int) -> Path:
     recipe.layout.require(recipe.model, recipe.data, nproc)
     read_metadata(source)
     cpu.preload()
-    from mcore_lab.checkpoint.load import common_state, progress_in, tensors_in
+    from mcore_lab.checkpoint.load import common_state, progress_in
 
     progress = progress_in(source, common_state(source))
     written = step_folder(target, progress.step)
     if written.exists():
         raise CheckpointError(f"there is a checkpoint at {written} already")
-    rows = tensors_in(source)[_WORD_EMBEDDING].global_shape[0]
-    standing = standing_still(recipe, rows, step=progress.step, resume=str(source))
+    standing = standing_still(
+        recipe, embedding_rows(source), step=progress.step, resume=str(source)
+    )
     launch(_rank, nproc, standing, written, progress, recipe_to_toml(recipe), device="cpu")
     return written
 
