@@ -119,7 +119,7 @@ def nvidia_files(folder: Path, torch: str) -> Path:
     """Make what an NGC image has on top: names of its builds, and pins that are older than ours."""
     site = folder / "usr" / "local" / "lib" / "python3.12" / "site-packages"
     packages = {"torch": torch, "transformer_engine": "2.9.0+stub", "triton": "3.5.0"}
-    for name, version in {**packages, "numpy": "1.26.4", "rich": "13.7.0"}.items():
+    for name, version in {**packages, "numpy": "2.3.0", "rich": "13.7.0"}.items():
         about = site / f"{name}-{version}.dist-info"
         about.mkdir(parents=True)
         (about / "METADATA").write_text(

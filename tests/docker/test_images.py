@@ -67,7 +67,7 @@ def test_the_gpu_image_keeps_nvidias_torch_and_transformer_engine(
     )
     ran = buildah.start("gpu", "python", "-c", asked)
     torch, engine, numpy, rich, user, constraint = ran.stdout.split()
-    assert (torch, engine, numpy) == (NGC_TORCH, "2.9.0+stub", "1.26.4")
+    assert (torch, engine, numpy) == (NGC_TORCH, "2.9.0+stub", "2.3.0")
     assert rich != "13.7.0"  # the base's PIP_CONSTRAINT did not hold for our install,
     assert constraint == "/etc/pip/constraint.txt"  # and is still set in the image
     assert user == "10001"
