@@ -137,7 +137,7 @@ class Training:
     """What a loss or a gradient that is not finite does: stop the run before the step that it would
     spoil, or skip that step and go on."""
 
-    collective_timeout: float = 600
+    collective_timeout: float = 600.0
     """Seconds that a rank waits for others in one collective: longer, and the run ends with the
     rank and the operation that waited. More than the slowest checkpoint takes to write."""
 
