@@ -41,6 +41,8 @@ def main(argv: Sequence[str]) -> int:
     if arguments.own["compare"]:
         if arguments.trace:
             raise ConfigError("--compare runs several layouts: --trace one of them without it")
+        if arguments.track is not None:
+            raise ConfigError("--compare runs several layouts: --track one of them without it")
         from mcore_lab.cli.comparison import show
 
         return show(arguments)

@@ -42,6 +42,8 @@ class TraceSettings(Settings):
     """Record when each rank computes, communicates and waits in a few steps, and its memory."""
     trace_steps: int = 3
     """How many steps are traced, after two of warm-up."""
+    track: str | None = None
+    """Follow the run with tensorboard, or with a tracker of one's own: module:Class."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +67,8 @@ class RunArguments:
     trace: bool = False
     """Whether some steps are traced."""
     trace_steps: int = 3
+    track: str | None = None
+    """Names the tracker, if there is to be one."""
     launch: str = ""
     """Names the launch, so that a restart of it knows what is its own in the run folder."""
     own: Mapping[str, Any] = field(default_factory=dict)

@@ -32,6 +32,7 @@ from mcore_lab.recipes.legs import going_on, legs, legs_left
 from mcore_lab.report.tables import print_table
 from mcore_lab.training import RunFolder
 from mcore_lab.training.rules import require_traceable, require_trainable
+from mcore_lab.training.track import find_tracker
 
 if TYPE_CHECKING:
     from mcore_lab.recipes.layers.parts import LayerReport
@@ -94,6 +95,8 @@ def require_startable(arguments: RunArguments, world_size: int) -> None:
     require_trainable(recipe)
     if arguments.trace:
         _require_traceable(arguments)
+    if arguments.track is not None:
+        _require_trackable(arguments, arguments.track)
     folder = RunFolder(arguments.run_dir)
     resume = recipe.training.resume
     start = starting_point(recipe.checkpoint.load, resume, folder.checkpoints)
@@ -116,6 +119,13 @@ def _require_traceable(arguments: RunArguments) -> None:
         )
     if recipe.training.resume == "none":
         require_traceable(recipe.training.steps)
+
+
+def _require_trackable(arguments: RunArguments, tracker: str) -> None:
+    """Raise LabError for a run that cannot be tracked, or a tracker that is not there."""
+    if shown_layer(arguments.recipe.name):
+        raise ConfigError(f"{arguments.recipe.name} shows a layer: there is no step to --track")
+    find_tracker(tracker)
 
 
 def run_rank(arguments: RunArguments) -> Summary | LayerReport | None:
@@ -174,6 +184,7 @@ def _train(leg: RunArguments, run: RunArguments, ranks: int | None = None) -> Su
             recipe_toml=recipe_to_toml(run.recipe, base=load_recipe(run.recipe.name)),
             fresh=leg.fresh,
             launch=run.launch,
+            track=run.track,
         )
         with closing(recorder):
             return train(leg.recipe, world, recorder, stop=stop)

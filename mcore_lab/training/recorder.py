@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from mcore_lab.runtime.together import fail_together
 from mcore_lab.training.console import Console
 from mcore_lab.training.metrics import StepMetrics, peak_memory_bytes
 from mcore_lab.training.run_folder import RunFolder
+from mcore_lab.training.track import Tracking
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -65,10 +66,12 @@ class Recorder:
         recipe_toml: str,
         fresh: bool,
         launch: str = "",
+        track: str | None = None,
     ) -> None:
         self.folder = folder
         self._log, self._console = log, console
         self._recipe_toml, self._fresh, self._launch = recipe_toml, fresh, launch
+        self._tracking = Tracking(track, self._warn)
         self._steps = 0
         self._last: StepMetrics | None = None
         self._valid_loss: float | None = None
@@ -87,6 +90,7 @@ class Recorder:
                     first_step=first_step,
                     launch=self._launch,
                 )
+                self._tracking.start(recipe, self.folder.path, first_step)
         self._log.write_to(self.folder.logs)
         _LOGGER.info("rank %d of %d, process %d", world.rank, world.size, os.getpid())
         device = world.device
@@ -122,6 +126,7 @@ class Recorder:
         )
         if self._world.is_first:
             self.folder.record(self._last)
+            self._tracking.step(step, asdict(self._last))
             self._console.step(self._last)
 
     def not_taken(self, where: str, *, goes_on: bool) -> None:
@@ -153,6 +158,7 @@ class Recorder:
         self._valid_loss = loss
         if self._world.is_first:
             self.folder.record_validation(self._steps, loss)
+            self._tracking.step(self._steps, {"valid_loss": loss})
             self._console.say(f"step {self._steps}  validation loss {loss:.4f} nats a token")
 
     def saved(self, checkpoint: Path) -> None:
@@ -187,7 +193,12 @@ class Recorder:
         """See everything as it is after the last step."""
 
     def close(self) -> None:
-        """Let go of what is held beside the run's folder, however the run has ended: nothing."""
+        """Let go of what is held beside the run's folder, however the run has ended."""
+        self._tracking.end()
+
+    def _warn(self, what: str) -> None:
+        _LOGGER.warning("%s", what)
+        self._console.say(f"warning: {what}")
 
     def summary(self) -> Summary:
         """Return how the run ended, and say where its checkpoint is."""

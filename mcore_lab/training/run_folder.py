@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _RECIPE, _METRICS, _VALIDATION = "recipe.toml", "metrics.jsonl", "validation.jsonl"
 _CHECKPOINTS, _LOGS, _LAUNCH, _TRACE = "checkpoints", "logs", ".launch", "trace"
+TENSORBOARD_FOLDER = "tensorboard"
 _LATEST = f"{_CHECKPOINTS}/latest_checkpointed_iteration.txt"
 _WRITTEN = (
     _RECIPE,
@@ -31,6 +32,7 @@ _WRITTEN = (
     f"{_TRACE}/rank-*.json",
     f"{_TRACE}/chrome_trace.json",
     f"{_TRACE}/*.svg",
+    f"{TENSORBOARD_FOLDER}/events.out.tfevents.*",
     "report.html",
 )
 """What a run writes, and all that `--fresh` removes."""
@@ -39,7 +41,7 @@ _WRITTEN = (
 class RunFolder:
     """`recipe.toml`, `metrics.jsonl`, `validation.jsonl`, `checkpoints/`, `logs/` of one run.
 
-    And with `--trace` its `trace/`.
+    And with `--trace` its `trace/`, with `--track tensorboard` its `tensorboard/`.
 
     Nothing is written, and nothing of an earlier run removed, before `begin`: a run that cannot
     start leaves what is there as it was.

@@ -83,6 +83,7 @@ class TracingRecorder(Recorder):
     def close(self) -> None:
         """Leave nothing wrapped, however the run has ended."""
         self._open.close()
+        super().close()
 
     def _write(self) -> None:
         """Write each rank's trace, and then, on the first, the pictures of all of them."""
