@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
     from mcore_lab.sample.run import sample, to_sample
     from mcore_lab.sample.vocabulary import Vocabulary
 
-    vocabulary = Vocabulary.of(recipe.data)
+    vocabulary = Vocabulary.of(recipe.data, recipe.model.vocab_size)
     prompts = [vocabulary.tokens_of_text(text) for text in own["prompt"]]
     prompts += [vocabulary.tokens_of_numbers(words) for words in own["tokens"]]
     if not prompts:
@@ -95,6 +95,7 @@ def main(argv: Sequence[str]) -> int:
         prompts,
         max_new_tokens=own["max_new_tokens"],
         choice=Choice(**{field.name: own[field.name] for field in fields(Choice)}),
+        vocabulary=vocabulary,
         speaks=speaks,
     )
     if arguments.json:

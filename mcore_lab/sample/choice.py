@@ -30,6 +30,8 @@ class Choice:
             raise ConfigError(f"--top-k must not be below 1; it is {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ConfigError(f"--top-p must be above 0 and at most 1; it is {self.top_p}")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"--seed must be from 0 to 2**63 - 1; it is {self.seed}")
 
     def token(self, logits: torch.Tensor, draw: torch.Generator) -> int:
         """Return the token chosen by logits `[v]`. Raises NotFiniteError if one is not finite.
@@ -43,7 +45,9 @@ class Choice:
             raise NotFiniteError("the model's logits are not finite: its weights are spoilt")
         if self.temperature == 0:
             return int(logits.argmax())
-        ordered, tokens = (logits / self.temperature).sort(descending=True, stable=True)
+        ordered, tokens = ((logits - logits.max()) / self.temperature).sort(
+            descending=True, stable=True
+        )
         probabilities = ordered[: self.top_k].softmax(0)
         if self.top_p is not None:
             before = probabilities.cumsum(0) - probabilities

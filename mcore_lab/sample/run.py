@@ -47,6 +47,11 @@ def to_sample(recipe: Recipe, checkpoint: Path, layout: ParallelLayout, nproc: i
             f"{recipe.name} cannot be sampled from: without causal attention its tokens see those "
             "that follow, and foresee none"
         )
+    if recipe.data.memory_sequences is not None:
+        raise ConfigError(
+            f"{recipe.name} cannot be sampled from: each token of its data is its own label, and "
+            "none is foreseen"
+        )
     recipe = replace(
         recipe,
         layout=layout,
@@ -82,16 +87,18 @@ def sample(
     *,
     max_new_tokens: int,
     choice: Choice | None = None,
+    vocabulary: Vocabulary | None = None,
     speaks: bool = False,
     build: BuildChunk = gpt_chunk,
     timeout: float | None = None,
 ) -> list[Sample]:
     """Return what the model goes on with after each prompt, of up to `max_new_tokens` tokens.
 
-    `recipe` is `to_sample`'s. A sequence longer than the model's context is seen by its end. One
-    rank chooses each token, from logits gathered of all, and tells the others: they differ between
-    layouts by rounding alone. With `speaks` rank 0 prints prompts and tokens as they come. Raises
-    ConfigError for a prompt that the model cannot take, and CheckpointError.
+    `recipe` is `to_sample`'s; `vocabulary` is that of its data if not given. A sequence longer than
+    the model's context is seen by its end. One rank chooses each token, from logits gathered of
+    all, and tells the others: they differ between layouts by rounding alone. With `speaks` rank 0
+    prints prompts and tokens as they come. Raises ConfigError for a prompt that the model cannot
+    take, and CheckpointError.
     """
     choice = choice or Choice()
     choice.require_sensible()
@@ -103,7 +110,7 @@ def sample(
                 f"a prompt of {len(prompt)} tokens is longer than the {context(recipe)} that the "
                 "model sees at once"
             )
-    how = (choice, max_new_tokens, speaks)
+    how = (choice, vocabulary or Vocabulary.of(recipe.data), max_new_tokens, speaks)
     device = choose_device(nproc).type
     arguments = (device, checkpoint, recipe, build, [tuple(prompt) for prompt in prompts], *how)
     return launch(_rank, nproc, *arguments, device=device, timeout=timeout)[0]
@@ -116,12 +123,12 @@ def _rank(
     build: BuildChunk,
     prompts: list[tuple[int, ...]],
     choice: Choice,
+    vocabulary: Vocabulary,
     max_new_tokens: int,
     speaks: bool,
 ) -> list[Sample]:
     with RankLog(int(os.environ["RANK"])), process_group(device=device) as world:
         decoder = Decoder(recipe, world, checkpoint, build)
-        vocabulary = Vocabulary.of(recipe.data)
         window = context(recipe)
         # The last rank is on the last pipeline stage, where logits are.
         chooser = world.size - 1

@@ -24,13 +24,18 @@ class Vocabulary:
     is_text: bool
 
     @classmethod
-    def of(cls, data: Data) -> Vocabulary:
-        """Return the vocabulary of the tokenizer that `data` is read with."""
+    def of(cls, data: Data, vocab_size: int | None = None) -> Vocabulary:
+        """Return the vocabulary of the tokenizer that `data` is read with.
+
+        Without text, `vocab_size` goes before it: that of a model that was imported, whose tokens
+        are not of this data.
+        """
         if data.path is not None:
             return cls(size=_BYTES, end_of_document=_END_OF_TEXT, is_text=True)
+        if vocab_size is not None:
+            return cls(size=vocab_size, end_of_document=None, is_text=False)
         last = data.mock_vocab_size
-        ends = last if data.memory_sequences is None else None
-        return cls(size=last + 1, end_of_document=ends, is_text=False)
+        return cls(size=last + 1, end_of_document=last, is_text=False)
 
     def tokens_of_text(self, text: str) -> list[int]:
         """Return the tokens of a text; of an empty one the token after which a document begins.

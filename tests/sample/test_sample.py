@@ -154,6 +154,7 @@ def test_the_command_prints_the_text_or_json(
         ("--prompt a --temperature -1", "--temperature must not be below 0; it is -1.0"),
         ("--prompt a --top-k 0", "--top-k must not be below 1; it is 0"),
         ("--prompt a --top-p 1.5", "--top-p must be above 0 and at most 1; it is 1.5"),
+        ("--prompt a --seed -1", "--seed must be from 0 to 2**63 - 1; it is -1"),
         ("--prompt a --max-new-tokens 0", "--max-new-tokens must not be below 1; it is 0"),
         ("--prompt a --nproc 3 --tp 2", "tp * cp * pp"),
     ],
@@ -167,16 +168,23 @@ def test_what_cannot_be_sampled_is_told_in_a_line(
     assert printed.out == "" and "Traceback" not in printed.err
 
 
-def test_a_run_on_mock_data_takes_tokens(experts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_on_mock_data_takes_all_tokens_of_its_model(
+    experts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["sample", str(experts), "--prompt", "abc"]) == 2
-    told = "--prompt: the run's data is no text, but tokens from 0 to 64: --tokens 1,2,3"
+    told = "--prompt: the run's data is no text, but tokens from 0 to 127: --tokens 1,2,3"
     assert told in capsys.readouterr().err
+    assert cli.main(["sample", str(experts), "--tokens", "127,9", "--max-new-tokens", "1"]) == 0
+    assert capsys.readouterr().out.startswith("127,9,")
 
 
 def test_a_model_that_foresees_nothing_is_refused(experts: Path) -> None:
     checkpoint = require_checkpoint(experts)
     recipe = changed(recipe_in(checkpoint), model={"causal_attention": False})
     with pytest.raises(ConfigError, match="without causal attention"):
+        to_sample(recipe, checkpoint, ParallelLayout(), 1)
+    recipe = changed(recipe_in(checkpoint), data={"memory_sequences": 10})
+    with pytest.raises(ConfigError, match="each token of its data is its own label"):
         to_sample(recipe, checkpoint, ParallelLayout(), 1)
     with pytest.raises(LayoutError, match="num_attention_heads"):
         to_sample(MIXTURE, checkpoint, ParallelLayout(tensor_model_parallel_size=3), 3)
