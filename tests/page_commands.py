@@ -20,6 +20,7 @@ from torch.distributed.run import get_args_parser
 
 from mcore_lab import cli
 from mcore_lab.cli.run import RunSettings
+from mcore_lab.cli.sample import SampleSettings
 from mcore_lab.config import LaunchSettings, TraceSettings, parse_recipe, parse_settings
 from mcore_lab.config.options import known_options
 from mcore_lab.errors import LabError
@@ -139,6 +140,11 @@ def _wrong_with_lab(words: list[str]) -> Iterator[str]:
         # A file that an earlier command has written is not there.
         is_missing = words[1].endswith(".toml") and not Path(words[1]).exists()
         yield from _broken_values("tp2_gpt" if is_missing else words[1], words[2:])
+    elif words[0] == "sample":
+        try:
+            parse_recipe(find_recipe("tp2_gpt"), words[2:], "sample", SampleSettings)
+        except LabError as error:
+            yield str(error)
     else:
         _, said = _lab([*(word for word in words if word != "--json"), _NONE])
         if not _REFUSED.fullmatch(said.strip()):

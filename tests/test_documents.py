@@ -58,6 +58,7 @@ NOT_HERE = {
     "squeue": "needs a Slurm cluster",
     "scancel": "needs a Slurm cluster",
     "kubectl": "needs a Kubernetes cluster",
+    "torchrun --nnodes": "needs other machines; tests/test_many_machines.py makes some",
 }
 """Programs, by their first words, whose commands are not run here, and why."""
 
