@@ -154,6 +154,8 @@ def test_only_rank_0_tells_the_error(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.delenv("RANK", raising=False)
+    # The others give rank 0 this long to come to its word.
+    monkeypatch.setattr("mcore_lab.config.arguments._TELLING_SECONDS", 0.1)
     if rank:
         monkeypatch.setenv("RANK", rank)
     with pytest.raises(SystemExit) as left:
