@@ -13,6 +13,7 @@ import textwrap
 import typing
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -196,6 +197,16 @@ def slice_for_context_parallel_rank(batch: dict[str, Any]) -> dict[str, Any]:
     # It replaces the values of the dictionary that it is given.
     sliced: dict[str, Any] = get_batch_on_this_cp_rank(dict(batch), **arguments)
     return sliced
+
+
+def built_as(kind: type, spec: Any) -> Any:
+    """Return a layer spec's `mlp` with `kind`, a subclass of `MLP`, in the place of `MLP`.
+
+    It is a `ModuleSpec` in 0.16, and a partial of the class's `as_mlp_submodule` in later versions.
+    """
+    if isinstance(spec, functools.partial):
+        return functools.partial(kind.as_mlp_submodule, *spec.args, **spec.keywords)  # type: ignore[attr-defined]
+    return replace(spec, module=kind)
 
 
 def router_coefficients(fields: Mapping[str, Any], micro_batch_size: int) -> dict[str, Any]:

@@ -183,16 +183,25 @@ def gpt_arguments(recipe: Recipe, vocab_size: int) -> dict[str, Any]:
 
 
 def gpt_chunk(
-    recipe: Recipe, config: TransformerConfig, stage: Stage, backend: Backend, vocab_size: int
+    recipe: Recipe,
+    config: TransformerConfig,
+    stage: Stage,
+    backend: Backend,
+    vocab_size: int,
+    block_spec: Any = None,
 ) -> torch.nn.Module:
     """Return the part of the recipe's GPT that belongs to a stage of the pipeline.
 
-    `vocab_size` is what the data's tokenizer needs. Initial weights are drawn from the generators
+    `vocab_size` is what the data's tokenizer needs; `block_spec` takes the place of what
+    `decoder_block_spec` returns. Initial weights are drawn from the generators
     that the caller has seeded.
     """
+    if block_spec is None:
+        causal = recipe.model.causal_attention
+        block_spec = decoder_block_spec(config, backend, stage.vp_stage, causal=causal)
     return GPTModel(
         config,
-        decoder_block_spec(config, backend, stage.vp_stage, causal=recipe.model.causal_attention),
+        block_spec,
         **gpt_arguments(recipe, vocab_size),
         pre_process=stage.is_first,
         post_process=stage.is_last,

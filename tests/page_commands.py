@@ -124,6 +124,8 @@ def wrong_with(command: Command) -> Iterator[str]:
 
 
 def _wrong_with_lab(words: list[str]) -> Iterator[str]:
+    # A module of a reader's own, which an earlier command has written, is not there.
+    words = [_STANDS_FOR["RECIPE"] if word.endswith(".py") else word for word in words]
     commands = 2 if words[0] in ("bench", "checkpoint") else 1
     if len(words) <= commands:
         # A command alone, of a sentence.

@@ -26,7 +26,8 @@ from mcore_lab.backends import choose_backend
 from mcore_lab.compat import slice_for_context_parallel_rank
 from mcore_lab.config import Recipe
 from mcore_lab.data.datasets import build_datasets
-from mcore_lab.model import gpt_chunk, on_device, pipeline_stages, transformer_config
+from mcore_lab.model import on_device, pipeline_stages, transformer_config
+from mcore_lab.recipes.builder import recipe_chunk
 from mcore_lab.recipes.story import train
 from mcore_lab.runtime import RankLog, World, process_group
 from mcore_lab.training import RunFolder
@@ -111,7 +112,7 @@ def _bare_loop(recipe: Recipe, world: World, log: RankLog) -> list[float]:
     datasets = build_datasets(data)
     model: list[Any] = []
     for stage in pipeline_stages(layout):
-        chunk = gpt_chunk(recipe, config, stage, backend, datasets.vocab_size)
+        chunk = recipe_chunk(recipe, config, stage, backend, datasets.vocab_size)
         distributed = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True, use_distributed_optimizer=layout.use_distributed_optimizer
         )

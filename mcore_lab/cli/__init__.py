@@ -15,6 +15,7 @@ COMMANDS = {
     "run": "train a recipe, or give a lesson, on this machine's ranks",
     "check": "say whether a recipe's layout fits a number of ranks",
     "ranks": "show which rank is where, and what it holds",
+    "new": "write a recipe module of your own, with its test",
     "recipes": "list the recipes and the lessons",
     "verify": "say whether a layout computes what one rank computes",
     "compare": "say from which step on two runs differ",

@@ -105,5 +105,6 @@ usage: {prog} NAME [--nproc N] [options]
 
 {what}
 
-NAME is one of {", ".join(recipe_names())}, or a TOML file that is laid over one.
+NAME is one of {", ".join(recipe_names())}, a TOML file that is laid over one,
+or a recipe of your own (`mcore-lab new` writes one).
 `{prog} {recipe_names()[0]} --help` shows every option, with that recipe's values."""

@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     groups = {kind: layout.groups(kind, nproc) for kind in kinds}
     then = [leg.place for leg in legs(recipe, nproc)[1:]]
     if picture:
-        write_file("--svg", picture, rank_map_svg(f"{recipe.name} on {nproc} ranks", shares))
+        write_file("--svg", picture, rank_map_svg(f"{recipe.title} on {nproc} ranks", shares))
     if matrices := arguments.own["matrices"]:
         write_file("--matrices", matrices, _matrices(recipe, nproc))
     if arguments.json:
@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
 def _matrices(recipe: Recipe, nproc: int) -> str:
     layout, longest = recipe.layout, recipe.layout.padded(recipe.data.sequence_length)
     cuts = matrix_cuts(layout, recipe.model, vocabulary(recipe), longest, recipe.model.backend)
-    return matrices_svg(recipe.name, layout, cuts, nproc)
+    return matrices_svg(recipe.title, layout, cuts, nproc)
 
 
 def _columns(kinds: Sequence[str]) -> tuple[str, ...]:

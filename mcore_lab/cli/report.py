@@ -50,7 +50,7 @@ def _report(folder: RunFolder) -> RunReport:
     recipe = find_recipe(str(folder.path / "recipe.toml"))
     traces = folder.traces()
     return RunReport(
-        name=recipe.name,
+        name=recipe.title,
         layout=recipe.layout,
         model=recipe.model,
         data=recipe.data,

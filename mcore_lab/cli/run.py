@@ -63,6 +63,6 @@ def _require_known(argv: Sequence[str]) -> None:
     """Raise ConfigError with the near names for a name that is no recipe's and no lesson's."""
     known = [*recipe_names(), *LESSONS]
     name = argv[0] if argv else "-h"
-    if name not in known and not name.startswith("-") and not name.endswith(".toml"):
+    if name not in known and not name.startswith("-") and not name.endswith((".toml", ".py")):
         hint = nearest(name, known) or f"; there is {', '.join(known)}"
         raise ConfigError(f"no recipe or lesson {name}{hint}")

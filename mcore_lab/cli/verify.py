@@ -75,7 +75,7 @@ def _require_verifiable(arguments: RunArguments, nproc: int) -> None:
         raise ConfigError(f"--steps expects 1 or more; got {arguments.own['steps']}")
     require_writable("--html", arguments.own["html"])
     if broken := recipe.layout.check(recipe.model, recipe.data, nproc):
-        raise LayoutError(broken_rules(recipe.name, nproc, broken))
+        raise LayoutError(broken_rules(recipe.title, nproc, broken))
     require_trainable(recipe)
     require_comparable(recipe)
 

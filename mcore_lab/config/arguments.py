@@ -90,7 +90,7 @@ def parse_recipe(
     for file in values.pop("config") or ():
         recipe = recipe_from_toml(file, base=recipe)
     recipe = lay_over(recipe, given, COMMAND_LINE)
-    run_dir = Path(values.pop("run_dir") or Path("runs") / recipe.name)
+    run_dir = Path(values.pop("run_dir") or Path("runs") / recipe.title)
     shared = {f.name: values.pop(f.name) for f in fields(RunArguments) if f.name in values}
     return RunArguments(recipe=recipe, run_dir=run_dir, **shared, own=values)
 
@@ -118,10 +118,14 @@ def parse_recipe_or_exit(default: Recipe, argv: Sequence[str] | None = None) -> 
     """Return `parse_recipe` of this program's command line: for a module that torchrun starts."""
     words = sys.argv[1:] if argv is None else argv
     try:
-        module = f"python -m mcore_lab.recipes.{default.name}"
-        return parse_recipe(default, words, module, TraceSettings)
+        return parse_recipe(default, words, f"python {_program(default)}", TraceSettings)
     except LabError as error:
         exit_with(error)
+
+
+def _program(recipe: Recipe) -> str:
+    is_own = recipe.name != recipe.title
+    return Path(recipe.name).name if is_own else f"-m mcore_lab.recipes.{recipe.name}"
 
 
 def exit_with(error: LabError) -> NoReturn:

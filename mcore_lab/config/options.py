@@ -43,7 +43,7 @@ def given_words(
     known = known_options(settings)
     words = _gathered(_spelled_out(argv, known), settings)
     options = _options_class(default, settings, words)
-    return _parsed(options, words, known, prog, _HELP.format(name=default.name), quiet)
+    return _parsed(options, words, known, prog, _HELP.format(name=default.title), quiet)
 
 
 def given_words_of(

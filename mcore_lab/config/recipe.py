@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from mcore_lab.layout import ParallelLayout
@@ -186,7 +187,7 @@ class Recipe:
     """One run, whole: what `recipe.toml` holds and what a recipe module defines."""
 
     name: str
-    """The name of the recipe, and of its run folder."""
+    """The name of the recipe, and of its run folder; of one of your own, its file: `__file__`."""
     model: Model = field(default_factory=Model)
     """What is trained."""
     data: Data = field(default_factory=Data)
@@ -197,6 +198,11 @@ class Recipe:
     """When it is saved, and what it starts from."""
     layout: ParallelLayout = field(default_factory=ParallelLayout)
     """How it is spread over ranks."""
+
+    @property
+    def title(self) -> str:
+        """Return the name for a person: of a file `folder/my_model.py`, `my_model`."""
+        return Path(self.name).stem if self.name.endswith(".py") else self.name
 
     def with_layout(self, **sizes: Any) -> Recipe:
         """Return the same recipe on another layout."""

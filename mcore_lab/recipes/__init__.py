@@ -8,10 +8,12 @@ import pkgutil
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 from mcore_lab.config import Recipe, read_toml, recipe_from_toml, recipe_name
 from mcore_lab.errors import ConfigError, nearest
 from mcore_lab.layout import ParallelLayout
+from mcore_lab.recipes.files import is_file, module_at, recipe_at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,18 +32,23 @@ def recipe_names() -> list[str]:
 
 
 def load_recipe(name: str) -> Recipe:
-    """Return the recipe of that name. Raises ConfigError with the near names if there is none."""
+    """Return the recipe of that name, or that of the file of Python which the name is.
+
+    Raises ConfigError with the near names if there is none, and as `files.recipe_at` does.
+    """
+    if is_file(name):
+        return recipe_at(name)
     known = recipe_names()
     if name not in known:
         hint = nearest(name, known) or f"; there is {', '.join(known)}"
         raise ConfigError(f"no recipe {name}{hint}")
-    recipe = importlib.import_module(f"{__name__}.{name}").RECIPE
+    recipe = _module(name).RECIPE
     assert isinstance(recipe, Recipe)
     return recipe
 
 
 def find_recipe(name: str) -> Recipe:
-    """Return a recipe by its name, or by the path of a TOML file, laid over the one it names.
+    """Return a recipe by its name or its file, or by a TOML file, laid over the one it names.
 
     Raises ConfigError as `load_recipe` and `recipe_from_toml` do.
     """
@@ -78,11 +85,15 @@ def compares(name: str) -> bool:
 
 def describe(name: str) -> str:
     """Return what the recipe is, in one line: the first of its module's docstring."""
-    return (importlib.import_module(f"{__name__}.{name}").__doc__ or "").strip().partition("\n")[0]
+    return (_module(name).__doc__ or "").strip().partition("\n")[0]
 
 
 def _said_by(name: str, what: str, default: object) -> object:
-    return getattr(importlib.import_module(f"{__name__}.{name}"), what, default)
+    return getattr(_module(name), what, default)
+
+
+def _module(name: str) -> ModuleType:
+    return module_at(name) if is_file(name) else importlib.import_module(f"{__name__}.{name}")
 
 
 def _defines_recipe(name: str) -> bool:

@@ -53,7 +53,7 @@ def legs(recipe: Recipe, world_size: int) -> list[Leg]:
     """
     later = later_layouts(recipe.name)
     if not later:
-        return [Leg(name=recipe.name, recipe=recipe, ranks=world_size)]
+        return [Leg(name=recipe.title, recipe=recipe, ranks=world_size)]
     if not recipe.checkpoint.save:
         raise ConfigError(
             f"{recipe.name} goes on from its own checkpoints: without --checkpoint.save False"
@@ -63,7 +63,7 @@ def legs(recipe: Recipe, world_size: int) -> list[Leg]:
     course = replace(recipe.training, lr_decay_steps=decay_steps(recipe.training))
     return [
         Leg(
-            name=f"{recipe.name}, leg {number} of {len(layouts)},",
+            name=f"{recipe.title}, leg {number} of {len(layouts)},",
             recipe=replace(
                 recipe,
                 layout=layout,

@@ -28,12 +28,12 @@ from mcore_lab.data.batches import global_batches
 from mcore_lab.data.datasets import build_datasets
 from mcore_lab.model import (
     BuildChunk,
-    gpt_chunk,
     on_device,
     pipeline_stages,
     refusals_explained,
     transformer_config,
 )
+from mcore_lab.recipes.builder import recipe_chunk
 from mcore_lab.runtime import World
 from mcore_lab.training.evaluate import evaluate
 from mcore_lab.training.forward import ForwardStep, forward_step, mean_mtp_loss
@@ -50,13 +50,13 @@ def train(
     world: World,
     recorder: Recorder,
     *,
-    build: BuildChunk = gpt_chunk,
+    build: BuildChunk = recipe_chunk,
     forward_step: ForwardStep = forward_step,
     stop: StopRequest | None = None,
 ) -> Summary:
     """Train `recipe` on this rank of `world`, with all the others, and return how it ended.
 
-    `build` and `forward_step` put another model in the place of the recipe's GPT. When `stop` is
+    `build` and `forward_step` put another model in the place of the recipe's. When `stop` is
     made on any rank, all of them save after the step that they are in, and raise PreemptedError.
     """
     data, training = recipe.data, recipe.training

@@ -27,12 +27,12 @@ from mcore_lab.data.sequences import Batch, padded_share
 from mcore_lab.layout import ParallelLayout
 from mcore_lab.model import (
     BuildChunk,
-    gpt_chunk,
     on_device,
     pipeline_stages,
     refusals_explained,
     transformer_config,
 )
+from mcore_lab.recipes.builder import recipe_chunk
 from mcore_lab.runtime import World
 from mcore_lab.runtime.wrappers import unwrapped
 
@@ -43,7 +43,7 @@ class Decoder:
     """This rank's part of a model that goes on with a sequence."""
 
     def __init__(
-        self, recipe: Recipe, world: World, checkpoint: Path, build: BuildChunk = gpt_chunk
+        self, recipe: Recipe, world: World, checkpoint: Path, build: BuildChunk = recipe_chunk
     ) -> None:
         """Join the layout's groups, build the model and load its weights; every rank does.
 

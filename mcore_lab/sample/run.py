@@ -14,7 +14,8 @@ import torch.distributed as dist
 from mcore_lab.config import Recipe
 from mcore_lab.errors import ConfigError
 from mcore_lab.layout import ParallelLayout
-from mcore_lab.model import BuildChunk, gpt_chunk
+from mcore_lab.model import BuildChunk
+from mcore_lab.recipes.builder import recipe_chunk
 from mcore_lab.recipes.carried import embedding_rows
 from mcore_lab.runtime import RankLog, choose_device, launch, process_group
 from mcore_lab.runtime.together import fail_together
@@ -89,7 +90,7 @@ def sample(
     choice: Choice | None = None,
     vocabulary: Vocabulary | None = None,
     speaks: bool = False,
-    build: BuildChunk = gpt_chunk,
+    build: BuildChunk = recipe_chunk,
     timeout: float | None = None,
 ) -> list[Sample]:
     """Return what the model goes on with after each prompt, of up to `max_new_tokens` tokens.

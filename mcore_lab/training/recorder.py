@@ -96,7 +96,7 @@ class Recorder:
         device = world.device
         self._console.begin(first_step, recipe.training.steps)
         ranks = "1 rank" if world.size == 1 else f"{world.size} ranks"
-        self._console.say(f"{recipe.name}: {ranks}, run folder {self.folder.path}")
+        self._console.say(f"{recipe.title}: {ranks}, run folder {self.folder.path}")
         self._console.say(f"device {device.type} with {device.communication}: {device.reason}")
         self._console.say(f"backend {backend.name}: {backend.reason}")
 

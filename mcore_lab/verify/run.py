@@ -15,7 +15,8 @@ from mcore_lab.checkpoint import step_folder
 from mcore_lab.config import Recipe
 from mcore_lab.layout import ParallelLayout
 from mcore_lab.layout.words import sizes_in_use
-from mcore_lab.model import BuildChunk, Stage, gpt_chunk
+from mcore_lab.model import BuildChunk, Stage
+from mcore_lab.recipes.builder import recipe_chunk
 from mcore_lab.recipes.story import train
 from mcore_lab.runtime import RankLog, choose_device, launch, process_group
 from mcore_lab.training.forward import ForwardStep, forward_step
@@ -37,7 +38,7 @@ def verify(
     nproc: int,
     *,
     steps: int = STEPS,
-    build: BuildChunk = gpt_chunk,
+    build: BuildChunk = recipe_chunk,
     forward_step: ForwardStep = forward_step,
     timeout: float | None = None,
 ) -> VerificationReport:
@@ -45,11 +46,11 @@ def verify(
 
     One rank trains first, and its initial weights become a sharded checkpoint; then the layout
     trains from that checkpoint, on the same samples. Weights that start at zero or one, such as
-    biases, are drawn first: there an error would leave no trace. To verify a model of your own,
-    give `build`, which returns this rank's part of it as a `MegatronModule` with what
-    Megatron-Core's schedules ask for, `model_type` and `set_input_tensor` (see
-    `mcore_lab.model.gpt_chunk`), and, if it takes other arguments, a `forward_step` (see
-    `mcore_lab.training.forward`).
+    biases, are drawn first: there an error would leave no trace. What is verified is the recipe's
+    model, or where its name is a file, what that builds (`mcore-lab new`). To verify another, give
+    `build`, which returns this rank's part of it as a `MegatronModule` with what Megatron-Core's
+    schedules ask for, `model_type` and `set_input_tensor` (see `mcore_lab.model.gpt_chunk`), and,
+    if it takes other arguments, a `forward_step` (see `mcore_lab.training.forward`).
 
     Raises ConfigError for what depends on the layout by its definition, LayoutError for a layout
     that breaks a rule, and RankFailedError if a rank fails or `timeout` seconds pass.
@@ -68,7 +69,7 @@ class Reference:
         recipe: Recipe,
         folder: Path,
         steps: int = STEPS,
-        build: BuildChunk = gpt_chunk,
+        build: BuildChunk = recipe_chunk,
         forward_step: ForwardStep = forward_step,
         timeout: float | None = None,
         device: str = "cpu",
@@ -96,7 +97,7 @@ class Reference:
         steps = recipe.training.steps
         verdicts = compare(self.snapshot, candidate, Tolerances.of(recipe, steps))
         return VerificationReport(
-            recipe=recipe.name,
+            recipe=recipe.title,
             layout=sizes_in_use(layout, nproc),
             world_size=nproc,
             precision=recipe.training.precision,

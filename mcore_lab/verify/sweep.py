@@ -194,7 +194,7 @@ class _Kept:
             str(Tolerances.of(recipe, steps)),
         ]
         digest = hashlib.sha256("\n".join(same).encode()).hexdigest()[:12]
-        self.folder = folder / f"{recipe.name}-{digest}"
+        self.folder = folder / f"{recipe.title}-{digest}"
         self._file = self.folder / "outcomes.jsonl"
         self.outcomes: dict[str, Outcome] = {}
         with _writing(self.folder):

@@ -97,7 +97,7 @@ class TracingRecorder(Recorder):
         with fail_together():
             if first:
                 traces = self.folder.traces()
-                for name, text in trace_files(self._recipe.name, traces).items():
+                for name, text in trace_files(self._recipe.title, traces).items():
                     self.folder.write_trace(name, text)
         first_step, last_step = self._traced[0], self._traced[-1]
         several = f"steps {first_step} to {last_step}"
