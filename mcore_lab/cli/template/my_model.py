@@ -53,7 +53,7 @@ class Scale(MegatronModule):
         return hidden_states * self.weight
 
 
-class ScaledMLP(MLP):  # type: ignore[misc]
+class ScaledMLP(MLP):
     """Megatron-Core's feed-forward layer, with its output scaled."""
 
     def __init__(self, config: TransformerConfig, *arguments: Any, **named: Any) -> None:
