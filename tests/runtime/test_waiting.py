@@ -17,10 +17,10 @@ from mcore_lab.runtime.waiting import waited_in_vain
 
 
 def wait_for_rank_1(lines: Path) -> None:
-    with process_group(timeout_seconds=1):
+    with process_group():
         # A pair that has waited in vain has closed its connection: one for each.
         limit = timedelta(seconds=2)
-        pairs = [dist.new_group([0, 1], timeout=limit, group_desc=f"PAIR_{n}") for n in range(2)]
+        pairs = [dist.new_group([0, 1], timeout=limit, group_desc=f"PAIR_{n}") for n in range(3)]
         numbers = torch.ones(4)
         dist.barrier()
         if dist.get_rank() == 1:
@@ -33,19 +33,19 @@ def wait_for_rank_1(lines: Path) -> None:
                     wait()
                 except RuntimeError as error:
                     file.write(f"{waited_in_vain(error, 0, 1)}\n")
-        dist.recv(numbers, src=1)
+        dist.recv(numbers, src=1, group=pairs[2])
 
 
 def test_a_rank_that_waits_too_long_names_the_operation_the_group_and_the_seconds(
     tmp_path: Path,
 ) -> None:
     with pytest.raises(LostPeerError) as caught:
-        launch(wait_for_rank_1, 2, tmp_path / "lines", timeout=30, megatron_core=False)
+        launch(wait_for_rank_1, 2, tmp_path / "lines", timeout=60, megatron_core=False)
     told = [*(tmp_path / "lines").read_text().splitlines(), *str(caught.value).splitlines()]
     assert [line.partition(" waited ")[2].partition(" for a rank")[0] for line in told] == [
         f"2 s in wait_for_rank_1 ({__name__})",
         f"2 s in all_reduce of <lambda> ({__name__}), group PAIR_1 of ranks 0, 1",
-        f"1 s in recv of wait_for_rank_1 ({__name__}), ranks 0, 1",
+        f"2 s in recv of wait_for_rank_1 ({__name__}), group PAIR_2 of ranks 0, 1",
     ]
 
 
