@@ -50,10 +50,6 @@ class Nodes:
         """Pull the node's cable out of the switch."""
         _ip("-n", self._switch, "link", "set", f"port-{node}", "down")
 
-    def connect(self, node: int) -> None:
-        """Put the cable back."""
-        _ip("-n", self._switch, "link", "set", f"port-{node}", "up")
-
     def kill(self, node: int) -> None:
         """End all that runs on the node, at once and without a word."""
         for process in _ip("netns", "pids", self._spaces[node]).split():

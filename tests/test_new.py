@@ -64,6 +64,35 @@ def test_a_forgotten_mark_is_found_in_the_new_layer(
     said = " ".join(capsys.readouterr().out.split())
     assert "gradient of decoder.layers.3.mlp.scale.weight: off by" in said
     assert "ranks 0, 1 hold different copies" in said
+    assert "hint: only weights that several ranks share are off" in said
+    assert "under sequence parallelism, the mark parameter.sequence_parallel" in said
+
+
+def test_a_checkpoint_of_a_model_of_its_own_runs_no_code_that_nobody_has_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may come from elsewhere, with the code that it names beside it."""
+    assert cli.main(["new", "stranger", "--folder", str(tmp_path)]) == 0
+    module, imported = tmp_path / "stranger.py", tmp_path / "imported"
+    module.write_text(module.read_text() + f"\nopen({str(imported)!r}, 'w').close()\n")
+    trained = finish([*LAB, "run", str(module), "--training.steps", "1"], tmp_path)
+    assert trained.returncode == 0 and imported.exists(), trained.stderr
+    imported.unlink()
+    monkeypatch.chdir(tmp_path)
+    run, named = "runs/stranger", ["--module", str(module)]
+    sample = ["sample", run, "--tokens", "1,2", "--max-new-tokens", "1"]
+    reshard = ["checkpoint", "reshard", run, "other", "--tp", "1", "--sp", "False"]
+    for words in (sample, reshard):
+        capsys.readouterr()
+        assert cli.main(words) == 2
+        assert f"if you trust that file, --module {module}" in capsys.readouterr().err
+    for words in (["report", run], ["checkpoint", "show", run], ["checkpoint", "export", run, "w"]):
+        assert cli.main(words) == 0
+    assert not imported.exists()
+    for words in (sample, reshard):
+        assert cli.main([*words, *named]) == 0
+    assert imported.exists()
+    assert cli.main(["checkpoint", "show", "other"]) == 0
 
 
 @pytest.mark.parametrize(

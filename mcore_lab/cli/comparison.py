@@ -8,6 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mcore_lab import cpu
 from mcore_lab.config import RunArguments
 from mcore_lab.errors import BackendError, ConfigError
 from mcore_lab.layout import ParallelLayout
@@ -46,6 +47,11 @@ def show(arguments: RunArguments) -> int:
             "--run-dir names another"
         )
 
+    from mcore_lab.runtime import choose_device
+
+    if choose_device(1).type == "cpu":
+        # Before all that imports Megatron-Core: it is done without its warnings.
+        cpu.preload()
     from mcore_lab.bench.sequence_memory import REPORTED, compare
 
     found: list[Trained] = []

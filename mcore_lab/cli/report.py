@@ -11,9 +11,10 @@ from typing import Any
 
 from mcore_lab.cli.arguments import Parser, require_writable, vocabulary, write_file
 from mcore_lab.cli.runs import run_in
-from mcore_lab.config import Recipe
+from mcore_lab.config import Recipe, recipe_from_toml
 from mcore_lab.errors import LayoutError
 from mcore_lab.recipes import find_recipe
+from mcore_lab.recipes.files import is_file
 from mcore_lab.report.run_page import RunReport, run_page
 from mcore_lab.report.tables import print_json
 from mcore_lab.training import RunFolder
@@ -47,7 +48,12 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _report(folder: RunFolder) -> RunReport:
-    recipe = find_recipe(str(folder.path / "recipe.toml"))
+    # A recipe of one's own is read as it is, without its module: that is code, which is not run to
+    # look at what was.
+    file = folder.path / "recipe.toml"
+    recipe = recipe_from_toml(file)
+    if not is_file(recipe.name):
+        recipe = find_recipe(str(file))
     traces = folder.traces()
     return RunReport(
         name=recipe.title,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from mcore_lab.checkpoint.folders import require_checkpoint
@@ -14,13 +15,22 @@ from mcore_lab.report.tables import print_json
 
 _PROG = "mcore-lab checkpoint reshard"
 _USAGE = f"""\
-usage: {_PROG} SRC DST [--nproc N] [--layout.tp N ...] [--json]
+usage: {_PROG} SRC DST [--nproc N] [--layout.tp N ...] [--module FILE.py] [--json]
 
 Write the checkpoint SRC as another layout would have written it, into DST/step-N.
 
 SRC is a checkpoint, or a run's folder for its latest. The layout is the one that SRC was written
 on, with what is said of it here. Its ranks are processes of this machine, on CPU: N of them, or as
-few as hold the model once. They take no step and read no data."""
+few as hold the model once. They take no step and read no data. A model of your own also takes
+--module FILE.py, the file that builds it: a checkpoint alone runs no code."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReshardSettings(LaunchSettings):
+    """What `mcore-lab checkpoint reshard` says apart from the recipe."""
+
+    module: str | None = None
+    """The file of Python that builds the model, if it is one of your own."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -32,11 +42,11 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(f"two folders come first: {_PROG} SRC DST ...")
     source, target = require_checkpoint(Path(argv[0])), Path(argv[1])
 
-    from mcore_lab.recipes.carried import recipe_in
+    from mcore_lab.recipes.carried import recipe_in, with_named_module
     from mcore_lab.recipes.reshard import reshard
 
-    arguments = parse_recipe(recipe_in(source), argv[2:], _PROG, LaunchSettings)
-    recipe = arguments.recipe
+    arguments = parse_recipe(recipe_in(source), argv[2:], _PROG, ReshardSettings)
+    recipe = with_named_module(arguments.recipe, source, arguments.own["module"])
     nproc = smallest_world(recipe.layout) if arguments.nproc is None else arguments.nproc
     if broken := recipe.layout.check(recipe.model, recipe.data, nproc):
         raise LayoutError(broken_rules(recipe.name, nproc, broken))

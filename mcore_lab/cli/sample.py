@@ -34,6 +34,7 @@ are tokens, --tokens 1,2,3. Several prompts follow one option, or each has its o
   --max-new-tokens N   at most; a model that ends its document stops before
   --nproc N            ranks; one, or as few as the layout allows
   --layout.tp N ...    any layout, whichever wrote the checkpoint; the tokens are the same
+  --module FILE.py     builds a model of your own: a checkpoint alone runs no code
   --json               print JSON
 
 `{_PROG} RUN --help` shows every option, with that run's values."""
@@ -57,6 +58,8 @@ class SampleSettings(LaunchSettings):
     """Choose among the fewest most probable tokens that have this probability together."""
     seed: int = 1234
     """Seed of the draws."""
+    module: str | None = None
+    """The file of Python that builds the model, if it is one of your own."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -68,11 +71,12 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(f"the run comes first: {_PROG} RUN {argv[0]} ...")
     source = require_checkpoint(Path(argv[0]))
 
-    from mcore_lab.recipes.carried import recipe_in
+    from mcore_lab.recipes.carried import recipe_in, with_named_module
 
     carried = replace(recipe_in(source), layout=ParallelLayout())
     arguments = parse_recipe(carried, argv[1:], f"{_PROG} {argv[0]}", SampleSettings)
-    own, recipe = arguments.own, arguments.recipe
+    own = arguments.own
+    recipe = with_named_module(arguments.recipe, source, own["module"])
 
     from mcore_lab.sample.choice import Choice
     from mcore_lab.sample.run import sample, to_sample

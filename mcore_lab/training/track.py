@@ -139,22 +139,13 @@ class Tracking:
         self._complain(f"--track {self._name} {when}: {_what(error)}; the run goes on without it")
 
 
-def numbers(metrics: Mapping[str, Any], within: str = "") -> dict[str, float]:
-    """Return the numbers of a line of `metrics.jsonl`, flat: `{"seconds/data": 0.1, …}`.
-
-    What is not there (None) is left out, and so is the step itself.
-    """
-    flat: dict[str, float] = {}
-    for name, value in metrics.items():
-        if isinstance(value, Mapping):
-            flat |= numbers(value, f"{within}{name}/")
-        elif isinstance(value, list | tuple):
-            flat |= numbers(
-                {str(place): one for place, one in enumerate(value)}, f"{within}{name}/"
-            )
-        elif value is not None and (within or name != "step"):
-            flat[within + name] = float(value)
-    return flat
+def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Return what a line of `metrics.jsonl` measures, but for the step and what is not there."""
+    return {
+        name: float(value)
+        for name, value in metrics.items()
+        if name != "step" and value is not None
+    }
 
 
 def _what(error: Exception) -> str:

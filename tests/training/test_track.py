@@ -187,10 +187,8 @@ def test_the_command_finds_a_tracker_in_the_working_directory_and_refuses_what_t
         assert (done.returncode, done.stderr) == (2, f"error: {what}\n")
 
 
-def test_metrics_become_flat_numbers() -> None:
-    line = {"step": 3, "loss": 1, "mtp_loss": None, "seconds": {"data": 0.5}, "load": {"2": [1, 3]}}
-    flat = {"loss": 1.0, "seconds/data": 0.5, "load/2/0": 1.0, "load/2/1": 3.0}
-    assert numbers(line) == flat
+def test_what_is_not_there_is_no_number() -> None:
+    assert numbers({"step": 3, "loss": 1, "mtp_loss": None}) == {"loss": 1.0}
 
 
 def command(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
