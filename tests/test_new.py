@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from disks import small_disk
 
 from mcore_lab import cli
 
@@ -120,6 +121,16 @@ def test_nothing_is_overwritten(folder: Path, capsys: pytest.CaptureFixture[str]
     assert cli.main(["new", "my_net", "--folder", str(folder)]) == 2
     assert "my_net.py already" in capsys.readouterr().err
     assert (folder / "my_net.py").read_text() == before
+
+
+def test_a_full_disk_is_told_in_a_line_and_leaves_no_half(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with small_disk(tmp_path / "disk", "4k") as disk:
+        assert cli.main(["new", "my_net", "--folder", str(disk)]) == 2
+        said = capsys.readouterr().err
+        assert said == f"error: cannot write {disk}/test_my_net.py: No space left on device\n"
+        assert not list(disk.iterdir())
 
 
 @pytest.mark.parametrize(

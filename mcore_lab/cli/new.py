@@ -6,7 +6,7 @@ import importlib.util
 import keyword
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mcore_lab.cli import template
@@ -31,10 +31,7 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv or ["--help"])
     files = _texts(options.name)
     _require_free(options.name, [options.folder / file for file in files])
-    for file, text in files.items():
-        # "x": a file that has come meanwhile is not overwritten.
-        with (options.folder / file).open("x", encoding="utf-8") as new:
-            new.write(text)
+    _write({options.folder / file: text for file, text in files.items()})
     module, test = (options.folder / file for file in files)
     if options.json:
         print_json({"module": str(module), "test": str(test)})
@@ -58,6 +55,21 @@ def _texts(name: str) -> dict[str, str]:
         .replace(_NAME, name)
         for file in (f"{_NAME}.py", f"test_{_NAME}.py")
     }
+
+
+def _write(texts: Mapping[Path, str]) -> None:
+    """Write all the files, or none. Raises ConfigError with what is in the way."""
+    begun: list[Path] = []
+    for path, text in texts.items():
+        try:
+            # "x": a file that has come meanwhile is not overwritten.
+            with path.open("x", encoding="utf-8") as new:
+                begun.append(path)
+                new.write(text)
+        except OSError as error:
+            for other in begun:
+                other.unlink()
+            raise ConfigError(f"cannot write {path}: {error.strerror}") from None
 
 
 def _require_free(name: str, files: Sequence[Path]) -> None:

@@ -29,7 +29,8 @@ def main(argv: Sequence[str]) -> int:
     known = [*recipe_names(), *LESSONS]
     for name in options.names:
         if name not in known:
-            raise ConfigError(f"no recipe or lesson {name}{nearest(name, known)}")
+            hint = nearest(name, known) or f"; there is {', '.join(known)}"
+            raise ConfigError(f"no recipe or lesson {name}{hint}")
     found = []
     names = options.names or known
     width = max(map(len, names)) + 2
