@@ -52,6 +52,7 @@ NOT_HERE = {
     "nox": "is these tests on both Pythons",
     "python -m build": "is run by tests/test_packaging.py",
     "docker": "needs a Docker engine",
+    "test.sh": "builds the images; it starts the tests of tests/docker",
     "buildah": "is run by the tests of docker/",
     "git": "needs a repository to clone",
     "sbatch": "needs a Slurm cluster",

@@ -100,10 +100,11 @@ def one_rank(alphabet: Path, experts: Path) -> dict[str, list[Sample]]:
         ("experts, most probable", "2 ranks: ep2"),
         ("experts, drawn", "4 ranks: tp2 sp ep2 etp2"),
         *[
-            pytest.param(f"{run}, {how}", layout, marks=pytest.mark.slow)
-            for run in ("alphabet", "experts")
+            pytest.param(f"{run}, {how}", layout.format(tp), marks=pytest.mark.slow)
+            # Experts over tensor-parallel ranks take sequence parallelism.
+            for run, tp in (("alphabet", "tp2"), ("experts", "tp2 sp"))
             for how in ("most probable", "drawn")
-            for layout in ("2 ranks: tp2", "2 ranks: pp2", "4 ranks: tp2 pp2", "2 ranks:")
+            for layout in ("2 ranks: {}", "2 ranks: pp2", "4 ranks: {} pp2", "2 ranks:")
         ],
     ],
 )
