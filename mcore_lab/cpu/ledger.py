@@ -155,6 +155,11 @@ TORCH = (
         why="Gloo refuses uneven sizes, which expert tensor parallelism gathers",
         apply=gloo.uneven_all_gather,
     ),
+    Patch(
+        replaces="torch.distributed.reduce_scatter",
+        why="Gloo's takes 26 times as long on 8 ranks as an all-to-all and a sum",
+        apply=gloo.reduce_scatter_by_all_to_all,
+    ),
 )
 
 MEGATRON = (

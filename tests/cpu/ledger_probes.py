@@ -11,6 +11,7 @@ import io
 import json
 import multiprocessing
 import os
+import resource
 import sys
 import tempfile
 import traceback
@@ -163,6 +164,22 @@ def _uneven() -> bool:
     return _raises(lambda: dist.all_gather(outputs, torch.ones(dist.get_rank() + 1)))
 
 
+def _slow_reduce_scatter() -> bool:
+    """Gloo's threads wake each other several times as often as in an all-to-all of as much."""
+    dist.init_process_group("gloo")
+    parts, output = [torch.ones(4), torch.ones(4)], torch.empty(4)
+
+    def switches(collective: Callable[[], object]) -> int:
+        collective()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw
+        for _ in range(20):
+            collective()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw - before
+
+    all_to_all = switches(lambda: dist.all_to_all_single(torch.empty(8), torch.cat(parts)))
+    return switches(lambda: dist.reduce_scatter(output, parts)) > 1.5 * all_to_all
+
+
 def _jit_fuser() -> bool:
     jit_fuser = importlib.import_module("megatron.core.jit").jit_fuser
     return hasattr(jit_fuser(lambda x: x), "_torchdynamo_orig_callable")
@@ -295,6 +312,7 @@ PROBES: dict[str, Callable[[], bool]] = {
     "torch.distributed.all_gather_into_tensor": _on_two_ranks(_stacked_output),
     "torch.distributed.reduce_scatter_tensor": _on_two_ranks(_stacked_input),
     "torch.distributed.all_gather": _on_two_ranks(_uneven),
+    "torch.distributed.reduce_scatter": _on_two_ranks(_slow_reduce_scatter),
     "megatron.core.jit.jit_fuser": _jit_fuser,
     "megatron.core.transformer.custom_layers.batch_invariant_kernels.triton": _triton,
     "megatron.core.parallel_state.destroy_model_parallel": _on_two_ranks(_groups_left_behind),

@@ -102,6 +102,36 @@ def test_megatrons_mappings_gather_and_scatter_uneven_sequences() -> None:
     assert torch.equal(part, _rows(rank) * size)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64], ids=str)
+@on_ranks(3)
+def test_uneven_reduce_scatter_sums_in_its_group_and_may_leave_nothing(dtype: torch.dtype) -> None:
+    rank, _ = _join()
+    group = dist.new_group([0, 2])
+    if rank == 1:
+        return
+    parts = [torch.empty(0, 2, dtype=dtype), torch.tensor([[256, 1], [2, 3]], dtype=dtype)]
+    # What is put in has no storage in order, and what comes out goes into a part of another's.
+    whole = torch.zeros(2, 4, dtype=dtype)
+    output = whole[:, ::2] if rank == 2 else torch.empty(0, 2, dtype=dtype)
+    dist.reduce_scatter(output, [parts[0], parts[1].t()], group=group)
+    assert whole.tolist() == ([[512, 0, 4, 0], [2, 0, 6, 0]] if rank == 2 else [[0] * 4] * 2)
+
+
+@pytest.mark.parametrize("async_op", [False, True])
+@pytest.mark.parametrize("op", ["SUM", "AVG", "MAX"])
+@on_ranks(2)
+def test_every_reduction_of_a_list_has_nccls_result(op: str, async_op: bool) -> None:
+    rank, _ = _join()
+    parts = [torch.tensor([1.0, 2.0]) + rank, torch.tensor([3.0, 4.0]) + rank]
+    output = torch.empty(2)
+    work = dist.reduce_scatter(output, parts, op=getattr(dist.ReduceOp, op), async_op=async_op)
+    assert (work is not None) is async_op
+    if work is not None:
+        work.wait()
+    expected = {"SUM": [3, 5, 7, 9], "AVG": [1.5, 2.5, 3.5, 4.5], "MAX": [2, 3, 4, 5]}[op]
+    assert output.tolist() == expected[2 * rank : 2 * rank + 2]
+
+
 @on_ranks(2)
 def test_torchs_differentiable_all_gather_has_its_gradients() -> None:
     import torch.distributed.nn.functional as differentiable
