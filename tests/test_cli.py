@@ -225,6 +225,8 @@ def test_what_a_run_wrote_is_the_recipe_it_ran(tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["chek"], "no command chek; did you mean check or checkpoint?"),
+        (["train", "tp2_gpt"], "no command train; did you mean run?"),
+        (["verify", "--world", "8"], "--world is of a sweep: mcore-lab verify --sweep --world 8"),
         (["xyzzy"], f"no command xyzzy; there is {', '.join(cli.COMMANDS)}"),
         (["check", "tp2_gtp"], "no recipe tp2_gtp; did you mean tp2_gpt"),
         (["check", "no.toml"], "no.toml: No such file or directory"),

@@ -127,6 +127,7 @@ def test_all_unknown_options_are_told_with_the_near_ones() -> None:
             "inverse-square-root, WSD; got cosin; did you mean cosine?",
         ),
         ("stray --tp 2", "unexpected argument stray"),
+        ("2", "unexpected argument 2; did you mean --nproc 2?"),
         ("--config nowhere.toml", "nowhere.toml: No such file or directory"),
     ],
 )

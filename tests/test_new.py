@@ -101,7 +101,7 @@ def test_a_checkpoint_of_a_model_of_its_own_runs_no_code_that_nobody_has_named(
     [
         ("3x", "no name that Python can import"),
         ("my-net", "no name that Python can import"),
-        ("class", "no name that Python can import"),
+        ("class", "no name that Python can import, but a word of its own"),
         ("tp2_gpt", "is a recipe or a lesson of mcore_lab"),
         ("json", "is a module that is installed here"),
         ("torch", "is a module that is installed here"),

@@ -74,7 +74,9 @@ def require_checkpoint(path: Path) -> Path:
     if found:
         return _require_intact(found)
     if not path.exists():
-        raise CheckpointError(f"there is no checkpoint at {path}: no such folder")
+        named = Path("runs") / path
+        hint = f"; did you mean {named}?" if latest_checkpoint(named / "checkpoints") else ""
+        raise CheckpointError(f"there is no checkpoint at {path}: no such folder{hint}")
     raise CheckpointError(
         f"there is no checkpoint at {path}: neither {_MARK} nor a folder {_PREFIX}N is in it"
     )

@@ -25,6 +25,18 @@ COMMANDS = {
     "bench": "time a recipe's step, the save and the load of its checkpoint, or collectives",
     "doctor": "say what this machine has, what that allows, and what is missing",
 }
+_OTHER_WORDS = {
+    "train": "run",
+    "list": "recipes",
+    "generate": "sample",
+    "prove": "verify",
+    "test": "verify",
+    "diff": "compare",
+    "plot": "report",
+    "init": "new",
+    "version": "--version",
+}
+"""What people may type who know another tool, and what it is called here."""
 _INTERRUPTED = 130
 _READER_LEFT = 141
 
@@ -63,8 +75,9 @@ def _command(words: list[str]) -> int:
         print(f"mcore-lab {installed_version()}")
         return 0
     if name not in COMMANDS:
-        hint = nearest(name, COMMANDS) or f"; there is {', '.join(COMMANDS)}"
-        raise ConfigError(f"no command {name}{hint}")
+        other, there_is = _OTHER_WORDS.get(name), f"; there is {', '.join(COMMANDS)}"
+        near = f"; did you mean {other}?" if other else nearest(name, COMMANDS)
+        raise ConfigError(f"no command {name}{near or there_is}")
     status: int = importlib.import_module(f"{__name__}.{name}").main(words[1:])
     return status
 

@@ -28,21 +28,23 @@ _HINT = (
 def main(argv: Sequence[str]) -> int:
     """Print how far two runs are apart at every step; return 0 if within tolerance, else 1."""
     options = _options(argv)
-    folders = run_in(options.runs[0]), run_in(options.runs[1])
+    runs = options.RUN_A, options.RUN_B
+    folders = run_in(runs[0]), run_in(runs[1])
     found = _compared(folders, options.tolerance)
     keys = differing_keys(*(read_toml(folder.path / "recipe.toml") for folder in folders))
     if options.json:
-        print_json(_as_json(options.runs, found, keys, options.tolerance))
+        print_json(_as_json(runs, found, keys, options.tolerance))
     else:
-        _tell(options.runs, found, keys)
+        _tell(runs, found, keys)
     if options.plot:
-        _plot(options.plot, found, options.runs)
+        _plot(options.plot, found, runs)
     return 0 if found.agrees else 1
 
 
 def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog="mcore-lab compare", description=main.__doc__)
-    parser.add_argument("runs", metavar="RUN", nargs=2, type=Path, help="the folder of a run")
+    for name in ("RUN_A", "RUN_B"):
+        parser.add_argument(name, type=Path, help="the folder of a run")
     parser.add_argument(
         "--tolerance",
         type=float,

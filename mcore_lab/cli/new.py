@@ -75,8 +75,9 @@ def _write(texts: Mapping[Path, str]) -> None:
 def _require_free(name: str, files: Sequence[Path]) -> None:
     """Raise ConfigError if the name cannot be a new module's, or the files cannot be written."""
     if not name.isidentifier() or keyword.iskeyword(name):
+        why = ", but a word of its own" if keyword.iskeyword(name) else ""
         raise ConfigError(
-            f"{name} is no name that Python can import: letters, digits and _, as in my_model"
+            f"{name} is no name that Python can import{why}: letters, digits and _, as in my_model"
         )
     if name in recipe_names() or name in LESSONS:
         raise ConfigError(f"{name} is a recipe or a lesson of mcore_lab: another name")

@@ -37,6 +37,8 @@ def main(argv: Sequence[str]) -> int:
         from mcore_lab.cli import sweep
 
         return sweep.main(argv)
+    if argv and argv[0] in ("--world", "--workers", "--folder", "--svg"):
+        raise ConfigError(f"{argv[0]} is of a sweep: mcore-lab verify --sweep {' '.join(argv)}")
     arguments, nproc = recipe_arguments("verify", _WHAT, argv, VerifySettings)
     _require_verifiable(arguments, nproc)
 

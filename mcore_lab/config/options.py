@@ -222,7 +222,8 @@ def _as_options(known: Mapping[str, Any]) -> dict[str, Any]:
 def _unknown(words: Sequence[str], known: Iterable[str]) -> Iterator[str]:
     """Say of each unknown option which known ones end as it does, or are near it."""
     if not words[0].startswith("--"):
-        yield f"unexpected argument {words[0]}"
+        hint = f"; did you mean --nproc {words[0]}?" if words[0].isdecimal() else ""
+        yield f"unexpected argument {words[0]}{hint}"
     for option in [_option_name(word) for word in words if word.startswith("--")]:
         last = option.removeprefix("--").rpartition(".")[2]
         same = [name for name in known if name.endswith(f".{last}")]

@@ -68,6 +68,15 @@ def test_a_path_that_holds_none_says_what_it_lacks(tmp_path: Path, load: bool) -
         assert message(tmp_path / name) == f"there is no checkpoint at {tmp_path / name}: {lacks}"
 
 
+def test_the_name_of_a_run_without_its_folder_is_understood(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(step_folder(Path("runs/one/checkpoints"), 1))
+    with pytest.raises(CheckpointError, match=r"no such folder; did you mean runs/one\?$"):
+        starting_point("one", "none", tmp_path)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null", "\0\xff"])
 def test_a_damaged_mark_is_seen_at_once(tmp_path: Path, text: str) -> None:
     folder = write(step_folder(tmp_path, 1))
