@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -106,6 +107,39 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_runs(
         f"error: --svg {tmp_path}: it is a folder; name a file in it\n"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_options_of_a_recipe_hold_for_every_model_of_a_sweep(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    words = ["verify", "--sweep", "dense", "--world", "1", "--folder", str(tmp_path), "--json"]
+    assert main([*words, "--model.num-layers", "2", "--steps", "1"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    command = "mcore-lab verify --sweep dense --world 1 --steps 1 --model.num-layers 2"
+    assert answer["command"] == command
+    assert answer["summary"]["dense"]["passed"] == 1
+    comparisons = int(answer["outcomes"][0]["conclusion"].split()[-2])
+    assert main([*words, "--steps", "1"]) == 0
+    of_four_layers = json.loads(capsys.readouterr().out)["outcomes"][0]["conclusion"]
+    assert comparisons < int(of_four_layers.split()[-2])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--layout.tp", "2"], "--layout.tp: a sweep tries every layout; leave it out"),
+        (["--model.num-layer", "2"], "unknown option --model.num-layer; did you mean"),
+        (["--model.transformer.hidden-dropout", "0.1"], "layouts draw dropout differently"),
+        (["tp_mlp"], "tp_mlp shows a layer and holds it against one rank itself"),
+    ],
+)
+def test_what_a_sweep_cannot_take_is_said_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+):
+    assert main(["verify", "--sweep", "--folder", str(tmp_path), *words]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith(f"error: {message}") and not said.out
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_unfinished_line_of_a_sweep_that_was_killed_is_forgotten(tmp_path: Path):
