@@ -45,7 +45,10 @@ MailProg=/bin/true
 KillWait=30
 SchedulerParameters=bf_interval=1,sched_interval=1
 NodeName=node-[0-{last}] CPUs={cpus} State=UNKNOWN
-PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=all Nodes=ALL Default=YES State=UP PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=ALL State=UP PriorityTier=2
 """
 
 

@@ -30,16 +30,24 @@ def cluster(folder: Path) -> Iterator[Slurm]:
         yield started
 
 
-def submit(cluster: Slurm, name: str, *words: str, limit: str = "1:00:00") -> str:
-    """Submit a small run on both nodes, of a rank each, into the folder `name`."""
+def submit(
+    cluster: Slurm,
+    name: str,
+    *words: str,
+    recipe: str = "tp2_gpt",
+    ranks: int = 1,
+    limit: str = "1:00:00",
+) -> str:
+    """Submit a small run on both nodes, of so many ranks each, into the folder `name`."""
     own = {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(REPOSITORY),
         "OMP_NUM_THREADS": "1",
         "PYTHONWARNINGS": "ignore",
         "RUN_DIR": name,
+        "RANKS_PER_NODE": str(ranks),
     }
-    return cluster.submit("--time", limit, SCRIPT, "tp2_gpt", *SMALL, *words, **own)
+    return cluster.submit("--time", limit, SCRIPT, recipe, *SMALL, *words, **own)
 
 
 def has_ended(job: dict[str, str]) -> bool:
@@ -104,6 +112,28 @@ def test_a_job_whose_time_is_up_has_saved_two_minutes_before_and_is_queued_again
     assert "a signal stopped the run after step" in cluster.log(job)
     steps = step_of(folder / "timed")
     assert (folder / "timed" / "checkpoints" / f"step-{steps:08}").is_dir()
+
+
+@pytest.mark.slow
+def test_a_job_that_another_preempts_saves_makes_room_and_goes_on_after_it(
+    cluster: Slurm, folder: Path
+) -> None:
+    """Slurm sends SIGTERM, and a minute later would kill."""
+    words = [*ENDLESS, "--checkpoint.async"]
+    job = submit(cluster, "preempted", *words, recipe="tp2_pp2_gpt", ranks=2)
+    wait_for(cluster, job, lambda: step_of(folder / "preempted") >= 5)
+    urgent = cluster.submit("--partition", "urgent", "--nodes", "2", "--wrap", "true")
+    cluster.wait(urgent, has_ended, 90)
+    assert cluster.job(urgent)["JobState"] == "COMPLETED"
+    assert cluster.job(job)["Restarts"] == "1", cluster.log(job)
+    steps = step_of(folder / "preempted")
+    assert (folder / "preempted" / "checkpoints" / f"step-{steps:08}").is_dir()
+    cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+    wait_for(cluster, job, lambda: step_of(folder / "preempted") > steps)
+    cluster.run("scancel", job)
+    cluster.wait_until_idle(60)
+    taken = [line["step"] for line in RunFolder(folder / "preempted").metrics()]
+    assert taken == list(range(1, len(taken) + 1))
 
 
 @pytest.mark.slow
