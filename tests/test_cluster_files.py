@@ -12,13 +12,17 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from nodes import Nodes, nodes
 from page_commands import Command, wrong_with
+
+from mcore_lab.training import RunFolder
 
 ROOT = Path(__file__).parents[1]
 SBATCH = ROOT / "recipes" / "slurm" / "train.sbatch"
@@ -294,31 +298,95 @@ def lost(given: Any, kept: Any, place: str = "") -> Iterator[str]:
         yield f"{place}: {given} became {kept}"
 
 
-def require_valid(manifest: dict[str, Any]) -> None:
-    """Raise what the schema of a manifest's kind has against it, strictly: no field it lacks."""
-    if "kubeflow" not in manifest["apiVersion"]:
-        validator = pytest.importorskip(
-            "kubernetes_validate", reason="no Kubernetes schemas: pip install kubernetes-validate"
-        )
-        validator.validate(manifest, validator.latest_version(), strict=True)
-        return
+MODELS = {
+    "v1": "IoK8sApiCoreV1",
+    "batch/v1": "IoK8sApiBatchV1",
+    "trainer.kubeflow.org/v1alpha1": "TrainerV1alpha1",
+}
+"""How Kubeflow Trainer's package, which has Kubernetes' kinds as well, calls those of an API."""
+
+
+def wrong_fields(manifest: dict[str, Any]) -> list[str]:
+    """Return the fields that a manifest's kind does not have; raises for values and what lacks."""
     models = pytest.importorskip(
-        "kubeflow_trainer_api.models",
-        reason="no Kubeflow Trainer schemas: pip install kubeflow-trainer-api",
+        "kubeflow_trainer_api.models", reason="no schemas: pip install kubeflow-trainer-api"
     )
-    model = getattr(models, f"TrainerV1alpha1{manifest['kind']}")
-    assert list(lost(manifest, model.from_dict(manifest).to_dict())) == []
+    model = getattr(models, MODELS[manifest["apiVersion"]] + manifest["kind"])
+    return list(lost(manifest, model.from_dict(manifest).to_dict()))
 
 
 @pytest.mark.parametrize(
     "manifest", [one for _, one in ALL], ids=[f"{name}-{one['kind']}" for name, one in ALL]
 )
 def test_a_manifest_keeps_to_the_schema_of_its_kind(manifest: dict[str, Any]) -> None:
-    require_valid(manifest)
+    assert wrong_fields(manifest) == []
 
 
 @pytest.mark.parametrize("manifest", [JOB, TRAIN_JOB], ids=["Job", "TrainJob"])
 def test_the_schemas_refuse_a_field_that_there_is_not(manifest: dict[str, Any]) -> None:
-    require_valid(manifest)
-    with pytest.raises(Exception, match="paralelism"):
-        require_valid(manifest | {"spec": manifest["spec"] | {"paralelism": 2}})
+    misspelt = manifest | {"spec": manifest["spec"] | {"paralelism": 2}}
+    assert wrong_fields(misspelt) == [".spec.paralelism"]
+    with pytest.raises(ValueError, match="int"):
+        wrong_fields(JOB | {"spec": JOB["spec"] | {"parallelism": "two"}})
+
+
+@pytest.mark.parametrize("manifest", [CLAIM, SERVICE, JOB], ids=lambda manifest: manifest["kind"])
+def test_a_manifest_keeps_to_the_newest_schema_that_kubernetes_has(
+    manifest: dict[str, Any],
+) -> None:
+    kubernetes = pytest.importorskip(
+        "kubernetes_validate", reason="no newest schemas: pip install kubernetes-validate (108 MB)"
+    )
+    kubernetes.validate(manifest, kubernetes.latest_version(), strict=True)
+
+
+# The command of the Job, on machines that are called as its pods are.
+
+SMALL = [
+    *["--model.num-layers=2", "--model.hidden-size=32", "--data.sequence-length=16"],
+    *["--data.global-batch-size=4", "--data.mock-document-length=64", "--training.steps=200"],
+]
+
+
+def pods(network: Nodes, folder: Path) -> list[subprocess.Popen[str]]:
+    """Start the Job's command in each pod, as kubelet does: its name, and its /etc/hosts."""
+    names = [f"mcore-lab-{pod}" for pod in range(network.count)]
+    full = [f"{name}.mcore-lab.default.svc.cluster.local {name}" for name in names]
+    addresses = [f"10.77.0.{pod + 1} {name}" for pod, name in enumerate(full)]
+    command = [
+        word.replace("$(NAMESPACE)", "default").replace("/runs/", f"{folder}/")
+        for word in container("job.yaml")["args"]
+    ]
+    assert command[0] == "torchrun"
+    command[:1] = [sys.executable, "-m", "torch.distributed.run"]
+    variables = [f"PYTHONPATH={ROOT}", "OMP_NUM_THREADS=1", "PYTHONWARNINGS=ignore"]
+    started = []
+    for pod, name in enumerate(names):
+        # Its own first; those of the others stand for the cluster's name server.
+        own = [addresses[pod], *(line for line in addresses if line != addresses[pod])]
+        (folder / f"hosts-{pod}").write_text("\n".join(["127.0.0.1 localhost", *own]) + "\n")
+        run = ["sh", "-c", 'hostname "$1"; shift; exec "$@"', "sh", name]
+        words = [*run, "env", "-u", "GLOO_SOCKET_IFNAME", *variables, *command, *SMALL]
+        started.append(network.start(pod, *words))
+    return started
+
+
+@pytest.mark.slow
+def test_the_pods_of_the_job_train_save_when_one_is_ended_and_go_on(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "mcore-lab")
+    with nodes(2, tmp_path) as network:
+        agents = pods(network, tmp_path)
+        end = time.monotonic() + 120
+        while len(run.metrics()) < 20:
+            assert time.monotonic() < end and all(agent.poll() is None for agent in agents)
+            time.sleep(0.2)
+        agents[1].terminate()
+        told = [agent.communicate(timeout=60) for agent in agents]
+        assert [agent.returncode for agent in agents] == [1, 1], told
+        steps = len(run.metrics())
+        assert 20 <= steps < 200
+        assert (run.checkpoints / f"step-{steps:08}").is_dir()
+        agents = pods(network, tmp_path)
+        told = [agent.communicate(timeout=120) for agent in agents]
+        assert [agent.returncode for agent in agents] == [0, 0], told
+    assert [line["step"] for line in run.metrics()] == list(range(1, 201))
