@@ -119,6 +119,16 @@ def test_the_job_script_starts_a_torchrun_that_there_is(
     assert given["--training.steps"] == "9"
 
 
+def test_the_job_script_starts_a_recipe_of_ones_own(
+    cluster: dict[str, str], tmp_path: Path
+) -> None:
+    assert job(cluster, "mine/my_model.py", "--tp", "2").returncode == 0
+    words = (tmp_path / "words").read_text().splitlines()
+    program = words[words.index("mine/my_model.py") :]
+    folder = f"{tmp_path}/runs/my_model-70123"
+    assert program[1:] == ["--run-dir", folder, "--training.resume", "auto", "--tp", "2"]
+
+
 @pytest.mark.parametrize(
     ("does", "is_queued_again"),
     [

@@ -50,6 +50,15 @@ def submit(
     return cluster.submit("--time", limit, SCRIPT, recipe, *SMALL, *words, **own)
 
 
+def start_soon(cluster: Slurm, job: str) -> None:
+    """Start a job that is queued again, in the place of after two minutes.
+
+    Not in the second of its end: Slurm takes its new credential for the old one, and it fails.
+    """
+    cluster.wait(job, lambda job: job["JobState"] == "PENDING", 30)
+    cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now+5")
+
+
 def has_ended(job: dict[str, str]) -> bool:
     return job["JobState"] in ENDED
 
@@ -88,7 +97,7 @@ def test_a_job_that_is_signalled_saves_is_queued_again_and_ends_as_one_that_was_
     said = cluster.log(job)
     assert "a signal stopped the run after step" in said and "queued again" in said
     assert 50 <= step_of(folder / "stopped") < 600
-    cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+    start_soon(cluster, job)
     cluster.wait(job, has_ended, 180)
     assert cluster.job(job)["JobState"] == "COMPLETED", cluster.log(job)
     metrics = RunFolder(folder / "stopped").metrics()
@@ -128,7 +137,7 @@ def test_a_job_that_another_preempts_saves_makes_room_and_goes_on_after_it(
     assert cluster.job(job)["Restarts"] == "1", cluster.log(job)
     steps = step_of(folder / "preempted")
     assert (folder / "preempted" / "checkpoints" / f"step-{steps:08}").is_dir()
-    cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+    start_soon(cluster, job)
     wait_for(cluster, job, lambda: step_of(folder / "preempted") > steps)
     cluster.run("scancel", job)
     cluster.wait_until_idle(60)
