@@ -115,6 +115,8 @@ def wrong_with(command: Command) -> Iterator[str]:
         match Path(words[0]).name:
             case "mcore-lab":
                 yield from _wrong_with_lab(words[1:])
+            case "sbatch":
+                yield from _wrong_with_sbatch(words[1:], command.text)
             case "torchrun":
                 yield from _wrong_with_torchrun(words[1:], whole=not command.is_inline)
             case "python" | "python3" if words[1:3] == ["-m", "mcore_lab"]:
@@ -179,6 +181,19 @@ def _wrong_with_torchrun(words: Sequence[str], *, whole: bool) -> Iterator[str]:
     if options.module:
         ranks = int(options.nproc_per_node) * int(options.nnodes.rpartition(":")[2])
         yield from _wrong_with_module(options.training_script, options.training_script_args, ranks)
+
+
+def _wrong_with_sbatch(words: Sequence[str], text: str) -> Iterator[str]:
+    """Say what is wrong with the recipe that a job script is given, on all ranks of its nodes."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--nodes", type=int, default=2)
+    parser.add_argument("--gpus-per-node", type=int, default=1)
+    script = next(place for place, word in enumerate(words) if word.endswith(".sbatch"))
+    own, _ = parser.parse_known_args(words[:script])
+    on_cpus = re.search(r"RANKS_PER_NODE=(\d+)", text)
+    ranks = own.nodes * (int(on_cpus[1]) if on_cpus else own.gpus_per_node)
+    name, *options = words[script + 1 :]
+    yield from _wrong_with_module(f"mcore_lab.recipes.{name}", options, ranks)
 
 
 def _wrong_with_module(module: str, words: Sequence[str], ranks: int) -> Iterator[str]:

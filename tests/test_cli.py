@@ -232,6 +232,12 @@ def test_what_a_run_wrote_is_the_recipe_it_ran(tmp_path: Path) -> None:
         (["check", "no.toml"], "no.toml: No such file or directory"),
         (["check", "--nproc", "2", "tp2_gpt"], "the recipe comes first: mcore-lab check NAME"),
         (["run", "tp2_gpt", "--nprocs", "2"], "unknown option --nprocs; did you mean --nproc"),
+        (
+            ["run", "tp2_pp2_gpt", "--nnodes=2", "--master_addr", "a", "--training.steps", "9"],
+            "--nnodes is torchrun's: mcore-lab run starts the ranks of this machine; on each of "
+            "several, type: torchrun --nnodes 2 --nproc-per-node 2 --rdzv-backend c10d "
+            "--rdzv-endpoint a:29500 -m mcore_lab.recipes.tp2_pp2_gpt --training.steps 9\n",
+        ),
         (["run", "tp2_gpt", "--nproc", "two"], "--nproc expects a whole number or None; got two"),
         (["recipes", "--jsn"], "unrecognized arguments: --jsn; see mcore-lab recipes --help"),
     ],

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from mcore_lab.cli.arguments import recipe_arguments
 from mcore_lab.cli.check import require_no_broken_rules
+from mcore_lab.cli.machines import require_one_machine
 from mcore_lab.config import LaunchSettings, TraceSettings
 from mcore_lab.errors import ConfigError, nearest
 from mcore_lab.lessons import LESSONS
@@ -31,12 +32,14 @@ class RunSettings(TraceSettings, LaunchSettings):
 
 def main(argv: Sequence[str]) -> int:
     """Check the layout, start the ranks, and return 0 when they have all finished."""
+    _require_known(argv)
+    if argv:
+        require_one_machine(argv, _WHAT, RunSettings)
     if argv and argv[0] in LESSONS:
         from mcore_lab.lessons.start import launch_lesson
 
         launch_lesson(argv[0], argv[1:])
         return 0
-    _require_known(argv)
     arguments, nproc = recipe_arguments("run", _WHAT, argv, RunSettings)
     if arguments.own["compare"]:
         if arguments.trace:
