@@ -42,6 +42,7 @@ PROVOKED = {
     "unknown option …; did you mean …?": "check tp2_gpt --layout.tpp 2",
     "no recipe or lesson …": "run tp3_gpt",
     "…: No such file or directory": "check no_such.toml",
+    "… is torchrun's: mcore-lab run starts the ranks of this machine; …": "run tp2_gpt --nnodes 2",
     "… expects …; got …": "check tp2_gpt --training.lr much",
     "… is not a field of the installed …": "check tp2_gpt --model.transformer.no_such_field 1",
     "there is no checkpoint at …: …": "checkpoint show no_such",
