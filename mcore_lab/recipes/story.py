@@ -28,14 +28,16 @@ from mcore_lab.data.batches import global_batches
 from mcore_lab.data.datasets import build_datasets
 from mcore_lab.model import (
     BuildChunk,
+    model_vocab_size,
     on_device,
     pipeline_stages,
     refusals_explained,
     transformer_config,
 )
-from mcore_lab.recipes.builder import recipe_chunk
+from mcore_lab.recipes.builder import own_build, recipe_chunk
 from mcore_lab.runtime import World
 from mcore_lab.training.evaluate import evaluate
+from mcore_lab.training.flops import step_flops
 from mcore_lab.training.forward import ForwardStep, forward_step, mean_mtp_loss
 from mcore_lab.training.not_finite import not_finite_where
 from mcore_lab.training.optimizer import ddp_config, lr_scheduler, optimizer_config
@@ -106,7 +108,10 @@ def train(
         else:
             progress = load_checkpoint(start.path, model, optimizer, scheduler, verify=verify)
 
-    recorder.begin(recipe, world, backend, progress.step)
+    is_gpt = build is recipe_chunk and own_build(recipe) is None
+    rows = model_vocab_size(recipe, datasets.vocab_size)
+    flops = step_flops(recipe, config, rows) if is_gpt else None
+    recorder.begin(recipe, world, backend, progress.step, flops)
     if world.is_first:
         clean_up(checkpoints)
     recorder.look_at_start(model, optimizer, scheduler)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from typing import Self
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -17,11 +18,12 @@ class Console:
         self._speaks = speaks
         self._bar = _bar() if speaks and sys.stdout.isatty() else None
         self._digits = 1
-        self._last_step = 0
+        self._last_step, self._unit = 0, "rank"
 
-    def begin(self, first_step: int, last_step: int) -> None:
-        """Show the bar, where there is one."""
-        self._last_step, self._digits = last_step, len(str(last_step))
+    def begin(self, first_step: int, last_step: int, unit: str = "rank") -> None:
+        """Show the bar, where there is one; `unit` is what a rank is, for a person."""
+        self._last_step, self._unit = last_step, unit
+        self._digits = len(str(last_step))
         if self._bar:
             self._bar.start()
             self._task = self._bar.add_task("", total=last_step, completed=first_step)
@@ -48,7 +50,14 @@ class Console:
             self._bar.update(self._task, completed=metrics.step, description=text)
         else:
             step = f"step {metrics.step:>{self._digits}}/{self._last_step}"
-            self.say(f"{step}  {text}  grad norm {metrics.grad_norm:.4f}  lr {metrics.lr:.2e}")
+            text = f"{step}  {text}  grad norm {metrics.grad_norm:.4f}  lr {metrics.lr:.2e}"
+            self.say("  ".join([text, *self._use_of_device(metrics)]))
+
+    def _use_of_device(self, metrics: StepMetrics) -> Iterator[str]:
+        if metrics.tflops_per_rank is not None:
+            yield f"{metrics.tflops_per_rank:.3g} TFLOP/s a {self._unit}"
+        if metrics.mfu is not None:
+            yield f"MFU {metrics.mfu:.1%}"
 
 
 def _bar() -> Progress:

@@ -28,6 +28,11 @@ class StepMetrics:
     """Most memory so far: of tensors on a GPU, of rank 0's process on CPU."""
     mtp_loss: float | None = None
     """Mean over the multi-token prediction layers of their losses, in nats; None without any."""
+    tflops_per_rank: float | None = None
+    """TFLOP/s of a rank, on CUDA of a GPU, as `mcore_lab.training.flops` counts them; None of a
+    model that it has no formula for."""
+    mfu: float | None = None
+    """Model FLOPs utilization: of its device's peak, that share; None if either is not known."""
 
 
 def peak_memory_bytes(device_type: str) -> int:

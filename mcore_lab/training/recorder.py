@@ -17,6 +17,7 @@ from mcore_lab.errors import CheckpointError, NotFiniteError, PreemptedError
 from mcore_lab.runtime import RankLog, World
 from mcore_lab.runtime.together import fail_together
 from mcore_lab.training.console import Console
+from mcore_lab.training.flops import device_peak_flops
 from mcore_lab.training.metrics import StepMetrics, peak_memory_bytes
 from mcore_lab.training.run_folder import RunFolder
 from mcore_lab.training.track import Tracking
@@ -77,9 +78,21 @@ class Recorder:
         self._valid_loss: float | None = None
         self._checkpoint: Path | None = None
 
-    def begin(self, recipe: Recipe, world: World, backend: Backend, first_step: int) -> None:
-        """Make the run folder, now that everything is ready to run, and say what runs."""
+    def begin(
+        self,
+        recipe: Recipe,
+        world: World,
+        backend: Backend,
+        first_step: int,
+        flops: float | None = None,
+    ) -> None:
+        """Make the run folder, now that everything is ready to run, and say what runs.
+
+        `flops` are the operations of a step on all ranks together, if they are known.
+        """
         self._tokens = recipe.data.global_batch_size * recipe.data.sequence_length
+        self._flops = flops
+        self._peak_flops = device_peak_flops(recipe, world.device.type)
         self._world = world
         self._steps = first_step
         with fail_together():
@@ -94,7 +107,8 @@ class Recorder:
         self._log.write_to(self.folder.logs)
         _LOGGER.info("rank %d of %d, process %d", world.rank, world.size, os.getpid())
         device = world.device
-        self._console.begin(first_step, recipe.training.steps)
+        unit = "GPU" if device.type == "cuda" else "rank"
+        self._console.begin(first_step, recipe.training.steps, unit=unit)
         ranks = "1 rank" if world.size == 1 else f"{world.size} ranks"
         self._console.say(f"{recipe.title}: {ranks}, run folder {self.folder.path}")
         self._console.say(f"device {device.type} with {device.communication}: {device.reason}")
@@ -114,6 +128,8 @@ class Recorder:
     ) -> None:
         """Record a step; one that was not taken has no norm of its gradient (nan)."""
         self._steps = step
+        flops, peak = self._flops, self._peak_flops
+        of_a_rank = None if flops is None else flops / (seconds * self._world.size)
         self._last = StepMetrics(
             step=step,
             loss=loss,
@@ -123,6 +139,8 @@ class Recorder:
             tokens_per_second=self._tokens / seconds,
             peak_memory_bytes=peak_memory_bytes(self._world.device.type),
             mtp_loss=mtp_loss,
+            tflops_per_rank=None if of_a_rank is None else of_a_rank / 1e12,
+            mfu=None if of_a_rank is None or peak is None else of_a_rank / peak,
         )
         if self._world.is_first:
             self.folder.record(self._last)
