@@ -51,13 +51,15 @@ class Console:
         else:
             step = f"step {metrics.step:>{self._digits}}/{self._last_step}"
             text = f"{step}  {text}  grad norm {metrics.grad_norm:.4f}  lr {metrics.lr:.2e}"
-            self.say("  ".join([text, *self._use_of_device(metrics)]))
+            self.say("  ".join([text, *self._what_there_is(metrics)]))
 
-    def _use_of_device(self, metrics: StepMetrics) -> Iterator[str]:
+    def _what_there_is(self, metrics: StepMetrics) -> Iterator[str]:
         if metrics.tflops_per_rank is not None:
             yield f"{metrics.tflops_per_rank:.3g} TFLOP/s a {self._unit}"
         if metrics.mfu is not None:
             yield f"MFU {metrics.mfu:.1%}"
+        if metrics.expert_imbalance is not None:
+            yield f"expert imbalance {metrics.expert_imbalance:.2f}"
 
 
 def _bar() -> Progress:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from mcore_lab.training.expert_balance import Load
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepMetrics:
@@ -33,6 +35,11 @@ class StepMetrics:
     model that it has no formula for."""
     mfu: float | None = None
     """Model FLOPs utilization: of its device's peak, that share; None if either is not known."""
+    expert_imbalance: float | None = None
+    """The most loaded expert's tokens by the mean of its layer's experts, in the layer where that
+    is greatest: 1 at best, the number of experts at worst. None without experts."""
+    tokens_per_expert: Load | None = None
+    """Tokens of the global batch that each expert was given, by layer; None without experts."""
 
 
 def peak_memory_bytes(device_type: str) -> int:

@@ -17,6 +17,8 @@ from mcore_lab.errors import CheckpointError, NotFiniteError, PreemptedError
 from mcore_lab.runtime import RankLog, World
 from mcore_lab.runtime.together import fail_together
 from mcore_lab.training.console import Console
+from mcore_lab.training.expert_balance import worst_imbalance
+from mcore_lab.training.expert_load import ExpertLoad
 from mcore_lab.training.flops import device_peak_flops
 from mcore_lab.training.metrics import StepMetrics, peak_memory_bytes
 from mcore_lab.training.run_folder import RunFolder
@@ -73,6 +75,7 @@ class Recorder:
         self._log, self._console = log, console
         self._recipe_toml, self._fresh, self._launch = recipe_toml, fresh, launch
         self._tracking = Tracking(track, self._warn)
+        self._experts: ExpertLoad | None = None
         self._steps = 0
         self._last: StepMetrics | None = None
         self._valid_loss: float | None = None
@@ -93,6 +96,7 @@ class Recorder:
         self._tokens = recipe.data.global_batch_size * recipe.data.sequence_length
         self._flops = flops
         self._peak_flops = device_peak_flops(recipe, world.device.type)
+        self._has_experts = bool(recipe.model.num_moe_experts)
         self._world = world
         self._steps = first_step
         with fail_together():
@@ -129,6 +133,7 @@ class Recorder:
         """Record a step; one that was not taken has no norm of its gradient (nan)."""
         self._steps = step
         flops, peak = self._flops, self._peak_flops
+        load = self._experts.take() if self._experts else {}
         of_a_rank = None if flops is None else flops / (seconds * self._world.size)
         self._last = StepMetrics(
             step=step,
@@ -141,6 +146,8 @@ class Recorder:
             mtp_loss=mtp_loss,
             tflops_per_rank=None if of_a_rank is None else of_a_rank / 1e12,
             mfu=None if of_a_rank is None or peak is None else of_a_rank / peak,
+            expert_imbalance=worst_imbalance(load),
+            tokens_per_expert=load or None,
         )
         if self._world.is_first:
             self.folder.record(self._last)
@@ -195,7 +202,9 @@ class Recorder:
         optimizer: MegatronOptimizer,
         scheduler: OptimizerParamScheduler,
     ) -> None:
-        """See everything as it is before the first step. What records a run looks at none of it."""
+        """See everything as it is before the first step: from then on, tokens are counted."""
+        if self._has_experts:
+            self._experts = ExpertLoad(model)
 
     def look_at_gradients(
         self, step: int, model: list[torch.nn.Module], reports: list[dict[str, torch.Tensor]]

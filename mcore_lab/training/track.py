@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from mcore_lab.config import Recipe
 from mcore_lab.errors import BackendError, ConfigError, LabError
+from mcore_lab.training.expert_balance import imbalance
 
 TENSORBOARD = "tensorboard"
 _METHODS = ("start", "step", "end")
@@ -140,12 +141,20 @@ class Tracking:
 
 
 def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Return what a line of `metrics.jsonl` measures, but for the step and what is not there."""
-    return {
-        name: float(value)
-        for name, value in metrics.items()
-        if name != "step" and value is not None
-    }
+    """Return what a line of `metrics.jsonl` measures, but for the step and what is not there.
+
+    What is measured by parts is named `whole/part`; of each layer's experts it is the imbalance.
+    """
+    found: dict[str, float] = {}
+    for name, value in metrics.items():
+        if name == "tokens_per_expert":
+            layers = (value or {}).items()
+            found |= {f"expert_imbalance/{layer}": imbalance(load) for layer, load in layers}
+        elif isinstance(value, Mapping):
+            found |= {f"{name}/{part}": float(number) for part, number in value.items()}
+        elif name != "step" and value is not None:
+            found[name] = float(value)
+    return found
 
 
 def _what(error: Exception) -> str:

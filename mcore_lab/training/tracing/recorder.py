@@ -60,6 +60,7 @@ class TracingRecorder(Recorder):
 
     def look_at_start(self, model: Any, optimizer: Any, scheduler: Any) -> None:
         """Keep what there is to trace."""
+        super().look_at_start(model, optimizer, scheduler)
         self._model, self._optimizer = model, optimizer
 
     def begin_step(self, step: int) -> None:
