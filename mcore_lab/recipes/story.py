@@ -135,20 +135,22 @@ def train(
         seq_length=recipe.layout.padded(data.sequence_length),
         micro_batch_size=data.micro_batch_size,
     )
+    phases = recorder.phases
     while progress.step < training.steps:
         recorder.begin_step(progress.step + 1)
         started = time.perf_counter()
         for chunk in model:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
-        batch = [batches.after(progress.consumed_train_samples) for _ in model]
+        batch = [phases.reading(batches.after(progress.consumed_train_samples)) for _ in model]
         reports = microbatches(data_iterator=batch, forward_only=False)
         recorder.look_at_gradients(progress.step + 1, model, reports)
         asked = stop is not None and stop.is_made
         outcome = step_outcome(reports, model, stop_asked=asked, is_writing=saver.is_writing)
         grad_norm, lr = math.nan, optimizer.param_groups[0]["lr"]
         if outcome.is_finite:
-            _, grad_norm, _ = optimizer.step()
+            with phases.of_optimizer():
+                _, grad_norm, _ = optimizer.step()
             scheduler.step(increment=1)
         mtp_loss = mean_mtp_loss(config, batches.num_microbatches)
         seconds = time.perf_counter() - started
@@ -164,13 +166,13 @@ def train(
             recorder.not_taken(where, goes_on=training.on_not_finite == "skip")
 
         if datasets.valid and training.evaluates_after(step):
-            with whole_parameters(model):
+            with recorder.between_steps("validation"), whole_parameters(model):
                 loss = evaluate(recipe, datasets.valid, model, forward_backward, forward_step)
             recorder.validation(loss)
         if outcome.all_written:
             saver.settle()
         if recipe.checkpoint.saves_after(step, training.steps, stops=outcome.must_stop):
-            with whole_parameters(model):
+            with recorder.between_steps("checkpoint"), whole_parameters(model):
                 can_miss = recipe.checkpoint.can_miss(step, training.steps)
                 saver.save(progress, can_miss=can_miss and not outcome.must_stop)
         if outcome.must_stop and step < training.steps:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +41,8 @@ class StepMetrics:
     is greatest: 1 at best, the number of experts at worst. None without experts."""
     tokens_per_expert: Load | None = None
     """Tokens of the global batch that each expert was given, by layer; None without experts."""
+    seconds_by_phase: Mapping[str, float] | None = None
+    """Where rank 0 spent the step: see `mcore_lab.training.phases`."""
 
 
 def peak_memory_bytes(device_type: str) -> int:

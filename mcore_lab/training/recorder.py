@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.utils import get_model_config
 
 from mcore_lab.backends import Backend
 from mcore_lab.config import Recipe
@@ -21,6 +25,7 @@ from mcore_lab.training.expert_balance import worst_imbalance
 from mcore_lab.training.expert_load import ExpertLoad
 from mcore_lab.training.flops import device_peak_flops
 from mcore_lab.training.metrics import StepMetrics, peak_memory_bytes
+from mcore_lab.training.phases import Phases
 from mcore_lab.training.run_folder import RunFolder
 from mcore_lab.training.track import Tracking
 
@@ -75,6 +80,8 @@ class Recorder:
         self._log, self._console = log, console
         self._recipe_toml, self._fresh, self._launch = recipe_toml, fresh, launch
         self._tracking = Tracking(track, self._warn)
+        self.phases = Phases()
+        self._has_experts, self._is_timed = False, False
         self._experts: ExpertLoad | None = None
         self._steps = 0
         self._last: StepMetrics | None = None
@@ -97,6 +104,7 @@ class Recorder:
         self._flops = flops
         self._peak_flops = device_peak_flops(recipe, world.device.type)
         self._has_experts = bool(recipe.model.num_moe_experts)
+        self._is_timed = world.is_first
         self._world = world
         self._steps = first_step
         with fail_together():
@@ -119,7 +127,8 @@ class Recorder:
         self._console.say(f"backend {backend.name}: {backend.reason}")
 
     def begin_step(self, step: int) -> None:
-        """See that a step begins. What records a run has nothing to do then."""
+        """See that a step begins."""
+        self.phases.begin()
 
     def step(
         self,
@@ -148,6 +157,7 @@ class Recorder:
             mfu=None if of_a_rank is None or peak is None else of_a_rank / peak,
             expert_imbalance=worst_imbalance(load),
             tokens_per_expert=load or None,
+            seconds_by_phase=self.phases.take(seconds),
         )
         if self._world.is_first:
             self.folder.record(self._last)
@@ -196,15 +206,26 @@ class Recorder:
         last = self._checkpoint or "none of this run"
         self._console.say(f"warning: {error}; the run goes on, its last checkpoint is {last}")
 
+    @contextmanager
+    def between_steps(self, what: str) -> Iterator[None]:
+        """Note how long the run stands still for what the body does, a checkpoint for one."""
+        started = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - started
+        _LOGGER.info("%s after step %d: %.3f s", what, self._steps, seconds)
+        self._tracking.step(self._steps, {f"{what}_seconds": seconds})
+
     def look_at_start(
         self,
         model: list[torch.nn.Module],
         optimizer: MegatronOptimizer,
         scheduler: OptimizerParamScheduler,
     ) -> None:
-        """See everything as it is before the first step: from then on, tokens are counted."""
+        """See everything as it is before the first step; from then on, count and time."""
         if self._has_experts:
             self._experts = ExpertLoad(model)
+        if self._is_timed:
+            self.phases.watch(get_model_config(model[0]), self._world.device.type)
 
     def look_at_gradients(
         self, step: int, model: list[torch.nn.Module], reports: list[dict[str, torch.Tensor]]

@@ -21,6 +21,7 @@ FIELDS = {
     "peak_memory_bytes",
     "tflops_per_rank",
     "mfu",
+    "seconds_by_phase",
 }
 
 

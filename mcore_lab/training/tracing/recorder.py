@@ -65,6 +65,7 @@ class TracingRecorder(Recorder):
 
     def begin_step(self, step: int) -> None:
         """Trace the step, or count its memory, if it is one of those."""
+        super().begin_step(step)
         if step == self._traced[0] - 1:
             self._clock = Clock(self._world)
             self._events = EventLog(self._clock, _sizes(self._recipe.layout, self._world.size))
