@@ -6,8 +6,6 @@ import resource
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-
 from mcore_lab.training.expert_balance import Load
 
 
@@ -48,5 +46,7 @@ class StepMetrics:
 def peak_memory_bytes(device_type: str) -> int:
     """Return the most memory this rank has used so far."""
     if device_type == "cuda":
+        import torch
+
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
