@@ -6,6 +6,7 @@ import fcntl
 import os
 import pty
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -49,18 +50,35 @@ def in_a_pipe(command: list[str]) -> str:
     ).stdout
 
 
-def on_a_terminal(command: list[str], width: int = 100) -> tuple[int, str]:
-    """Return the exit status and everything that was written to the terminal."""
+def on_a_terminal(
+    command: list[str], width: int = 100, interrupt_at: bytes | None = None
+) -> tuple[int, str]:
+    """Return the exit status and everything that was written to the terminal.
+
+    All processes are interrupted, as by Ctrl-C, when `interrupt_at` is to be seen.
+    """
     terminal, end = pty.openpty()
     fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "TERM": "xterm"}
     environment.pop("COLUMNS", None)
-    process = subprocess.Popen(command, env=environment, stdin=end, stdout=end, stderr=end)
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stdin=end,
+        stdout=end,
+        stderr=end,
+        start_new_session=True,
+        # Tests that run in a shell's background inherit that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     os.close(end)
     seen = b""
     try:
         while part := os.read(terminal, 4096):
             seen += part
+            if interrupt_at and interrupt_at in seen:
+                os.killpg(process.pid, signal.SIGINT)
+                interrupt_at = None
     except OSError:
         pass  # What reading says when the program has gone.
     finally:
@@ -119,3 +137,17 @@ def test_the_terminals_cursor_is_given_back_when_a_run_fails() -> None:
     status, seen = on_a_terminal(program(after="    raise SystemExit(3)"))
     assert status == 3
     assert seen.rindex(show) > seen.rindex(hide)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_interrupted_gives_the_cursor_back_and_says_so_on_a_line_of_its_own(
+    tmp_path: Path,
+) -> None:
+    """Takes 5 s: pytest -m slow tests/training/test_console.py."""
+    words = ["-m", "mcore_lab", "run", "tp2_gpt", "--run-dir", str(tmp_path / "run")]
+    small = ["--model.hidden-size", "32", "--model.num-layers", "2", "--training.steps", "100000"]
+    status, seen = on_a_terminal([sys.executable, *words, *small], interrupt_at=b"loss")
+    assert status == 130
+    hide, show = "\x1b[?25l", "\x1b[?25h"
+    assert seen.rindex(show) > seen.rindex(hide)
+    assert seen.endswith(f"\n{show}error: interrupted\r\n")
