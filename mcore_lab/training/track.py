@@ -35,7 +35,10 @@ class Tracker(Protocol):
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Take what was measured of a step, by the names of `metrics.jsonl`.
 
-        A validation and a checkpoint of that step come in calls of their own.
+        What has parts is told of each, as `whole/part`.
+
+        A validation after that step, and the seconds for which the run stood still for it or for
+        a checkpoint (`validation_seconds`, `checkpoint_seconds`), come in calls of their own.
         """
 
     def end(self) -> None:
