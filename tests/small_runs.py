@@ -56,6 +56,11 @@ def launched_run(
     return RunFolder(folder).metrics()
 
 
+def loads(metrics: list[dict[str, Any]]) -> list[dict[str, list[int]] | None]:
+    """Return the tokens of each expert, by layer, of each step."""
+    return [line["tokens_per_expert"] for line in metrics]
+
+
 def losses(metrics: list[dict[str, Any]]) -> list[float]:
     return [line["loss"] for line in metrics]
 

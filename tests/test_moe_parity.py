@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from one_rank import LOSS, NORM, OneRank
-from small_runs import SMALL, changed, grad_norms, losses
+from small_runs import SMALL, changed, grad_norms, loads, losses
 
 EXPERTS = {
     "add_bias_linear": False,
@@ -59,7 +59,9 @@ def test_tokens_that_travel_all_to_all_train_as_on_one_rank(
     moe: OneRank, tmp_path: Path, layout: str
 ) -> None:
     assert losses(moe.metrics)[-1] < losses(moe.metrics)[0] - 0.1
-    assert moe.agrees_with(moe.on(layout, tmp_path))
+    metrics = moe.on(layout, tmp_path)
+    assert moe.agrees_with(metrics)
+    assert loads(metrics) == loads(moe.metrics)
 
 
 @pytest.mark.parametrize("layout", ALL_GATHER)
@@ -68,6 +70,7 @@ def test_tokens_that_are_gathered_train_as_on_one_rank(
 ) -> None:
     metrics = moe.on(layout, tmp_path, moe_token_dispatcher_type="allgather")
     assert moe.agrees_with(metrics)
+    assert loads(metrics) == loads(moe.metrics)
 
 
 def test_sequential_experts_train_as_grouped_ones(moe: OneRank, tmp_path: Path) -> None:

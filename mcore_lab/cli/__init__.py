@@ -37,6 +37,7 @@ _OTHER_WORDS = {
     "version": "--version",
 }
 """What people may type who know another tool, and what it is called here."""
+_CLEAR_LINE, _SHOW_CURSOR = "\r\x1b[K", "\x1b[?25h"
 _INTERRUPTED = 130
 _READER_LEFT = 141
 
@@ -49,8 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except LabError as error:
+        _leave_bar(_CLEAR_LINE)
         return _tell(str(error), words, error.exit_code)
     except KeyboardInterrupt:
+        # The terminal has written ^C where the cursor was.
+        _leave_bar("\n")
         return _tell("interrupted", words, _INTERRUPTED)
     except BrokenPipeError:
         # `mcore-lab … | head`: nothing more can be written, not by Python's last flush either.
@@ -96,6 +100,12 @@ Each command has --json and --help. To begin:
   mcore-lab doctor
   mcore-lab run tp2_gpt --nproc 2
   mcore-lab run tp2_gpt --help        every option of a recipe, with its values"""
+
+
+def _leave_bar(how: str) -> None:
+    """Give back the cursor that a rank hid, which did not come to the end of its bar."""
+    if sys.stdout.isatty():
+        print(f"{how}{_SHOW_CURSOR}", end="", flush=True)
 
 
 def _tell(message: str, words: Sequence[str], status: int) -> int:

@@ -142,6 +142,10 @@ class Training:
     """Seconds that a rank waits for others in one collective: longer, and the run ends with the
     rank and the operation that waited. More than the slowest checkpoint takes to write."""
 
+    peak_tflops: float | None = None
+    """TFLOP/s that a rank's device can do at most, of which MFU is a part; if not set, what is
+    known of its GPU: no MFU on a CPU, or on a GPU that is not known."""
+
     ddp: Mapping[str, Any] = field(default_factory=dict)
     """Any field of the installed Megatron-Core's `DistributedDataParallelConfig`, by name."""
     optimizer: Mapping[str, Any] = field(default_factory=dict)

@@ -7,7 +7,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mcore_lab.backends import Backend
 from mcore_lab.config import Recipe
-from mcore_lab.model import Stage, gpt_chunk
+from mcore_lab.model import BuildChunk, Stage, gpt_chunk
 from mcore_lab.recipes.files import is_file, module_at
 
 
@@ -18,8 +18,11 @@ def recipe_chunk(
 
     By the `build` of the recipe's module, if it is a file that defines one; else `gpt_chunk`.
     """
-    build = (
-        getattr(module_at(recipe.name), "build", gpt_chunk) if is_file(recipe.name) else gpt_chunk
-    )
+    build = own_build(recipe) or gpt_chunk
     chunk: torch.nn.Module = build(recipe, config, stage, backend, vocab_size)
     return chunk
+
+
+def own_build(recipe: Recipe) -> BuildChunk | None:
+    """Return the `build` of the recipe's module, if it is a file that defines one."""
+    return getattr(module_at(recipe.name), "build", None) if is_file(recipe.name) else None

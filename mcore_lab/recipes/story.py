@@ -28,14 +28,16 @@ from mcore_lab.data.batches import global_batches
 from mcore_lab.data.datasets import build_datasets
 from mcore_lab.model import (
     BuildChunk,
+    model_vocab_size,
     on_device,
     pipeline_stages,
     refusals_explained,
     transformer_config,
 )
-from mcore_lab.recipes.builder import recipe_chunk
+from mcore_lab.recipes.builder import own_build, recipe_chunk
 from mcore_lab.runtime import World
 from mcore_lab.training.evaluate import evaluate
+from mcore_lab.training.flops import step_flops
 from mcore_lab.training.forward import ForwardStep, forward_step, mean_mtp_loss
 from mcore_lab.training.not_finite import not_finite_where
 from mcore_lab.training.optimizer import ddp_config, lr_scheduler, optimizer_config
@@ -106,7 +108,10 @@ def train(
         else:
             progress = load_checkpoint(start.path, model, optimizer, scheduler, verify=verify)
 
-    recorder.begin(recipe, world, backend, progress.step)
+    is_gpt = build is recipe_chunk and own_build(recipe) is None
+    rows = model_vocab_size(recipe, datasets.vocab_size)
+    flops = step_flops(recipe, config, rows) if is_gpt else None
+    recorder.begin(recipe, world, backend, progress.step, flops)
     if world.is_first:
         clean_up(checkpoints)
     recorder.look_at_start(model, optimizer, scheduler)
@@ -130,20 +135,22 @@ def train(
         seq_length=recipe.layout.padded(data.sequence_length),
         micro_batch_size=data.micro_batch_size,
     )
+    phases = recorder.phases
     while progress.step < training.steps:
         recorder.begin_step(progress.step + 1)
         started = time.perf_counter()
         for chunk in model:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
-        batch = [batches.after(progress.consumed_train_samples) for _ in model]
+        batch = [phases.reading(batches.after(progress.consumed_train_samples)) for _ in model]
         reports = microbatches(data_iterator=batch, forward_only=False)
         recorder.look_at_gradients(progress.step + 1, model, reports)
         asked = stop is not None and stop.is_made
         outcome = step_outcome(reports, model, stop_asked=asked, is_writing=saver.is_writing)
         grad_norm, lr = math.nan, optimizer.param_groups[0]["lr"]
         if outcome.is_finite:
-            _, grad_norm, _ = optimizer.step()
+            with phases.of_optimizer():
+                _, grad_norm, _ = optimizer.step()
             scheduler.step(increment=1)
         mtp_loss = mean_mtp_loss(config, batches.num_microbatches)
         seconds = time.perf_counter() - started
@@ -159,13 +166,13 @@ def train(
             recorder.not_taken(where, goes_on=training.on_not_finite == "skip")
 
         if datasets.valid and training.evaluates_after(step):
-            with whole_parameters(model):
+            with recorder.between_steps("validation"), whole_parameters(model):
                 loss = evaluate(recipe, datasets.valid, model, forward_backward, forward_step)
             recorder.validation(loss)
         if outcome.all_written:
             saver.settle()
         if recipe.checkpoint.saves_after(step, training.steps, stops=outcome.must_stop):
-            with whole_parameters(model):
+            with recorder.between_steps("checkpoint"), whole_parameters(model):
                 can_miss = recipe.checkpoint.can_miss(step, training.steps)
                 saver.save(progress, can_miss=can_miss and not outcome.must_stop)
         if outcome.must_stop and step < training.steps:

@@ -30,6 +30,14 @@ from mcore_lab.report.svg import amount
 from mcore_lab.report.timeline import Bubble, bubble
 from mcore_lab.report.timeline_svg import timeline_svg, typical_step
 
+_MEDIANS = {
+    "tokens_per_second": ("tokens a second", "{:,.0f}"),
+    "tflops_per_rank": ("TFLOP/s a rank", "{:.3g}"),
+    "mfu": ("MFU", "{:.1%}"),
+    "expert_imbalance": ("expert imbalance", "{:.2f}"),
+}
+"""Of all steps; how each is told."""
+
 _MOST_DRAWN = 64
 """Ranks of which a map is drawn."""
 
@@ -105,11 +113,14 @@ def _head(report: RunReport) -> Iterator[str]:
         known |= {"ranks": report.world_size, "layout": split or "one rank"}
     if report.metrics:
         last = report.metrics[-1]
-        speed = median(float(line["tokens_per_second"]) for line in report.metrics)
         known |= {
             "steps": last["step"],
             "last loss": f"{float(last['loss']):.4f}",
-            "tokens a second": f"{speed:,.0f}",
+        }
+        known |= {
+            title: form.format(median(measured))
+            for name, (title, form) in _MEDIANS.items()
+            if (measured := [line[name] for line in report.metrics if line.get(name) is not None])
         }
     if report.traces:
         one = report.traces[0]

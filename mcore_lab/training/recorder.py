@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.utils import get_model_config
 
 from mcore_lab.backends import Backend
 from mcore_lab.config import Recipe
@@ -17,7 +21,11 @@ from mcore_lab.errors import CheckpointError, NotFiniteError, PreemptedError
 from mcore_lab.runtime import RankLog, World
 from mcore_lab.runtime.together import fail_together
 from mcore_lab.training.console import Console
+from mcore_lab.training.expert_balance import worst_imbalance
+from mcore_lab.training.expert_load import ExpertLoad
+from mcore_lab.training.flops import device_peak_flops
 from mcore_lab.training.metrics import StepMetrics, peak_memory_bytes
+from mcore_lab.training.phases import Phases
 from mcore_lab.training.run_folder import RunFolder
 from mcore_lab.training.track import Tracking
 
@@ -72,14 +80,31 @@ class Recorder:
         self._log, self._console = log, console
         self._recipe_toml, self._fresh, self._launch = recipe_toml, fresh, launch
         self._tracking = Tracking(track, self._warn)
+        self.phases = Phases()
+        self._has_experts, self._is_timed = False, False
+        self._experts: ExpertLoad | None = None
         self._steps = 0
         self._last: StepMetrics | None = None
         self._valid_loss: float | None = None
         self._checkpoint: Path | None = None
 
-    def begin(self, recipe: Recipe, world: World, backend: Backend, first_step: int) -> None:
-        """Make the run folder, now that everything is ready to run, and say what runs."""
+    def begin(
+        self,
+        recipe: Recipe,
+        world: World,
+        backend: Backend,
+        first_step: int,
+        flops: float | None = None,
+    ) -> None:
+        """Make the run folder, now that everything is ready to run, and say what runs.
+
+        `flops` are the operations of a step on all ranks together, if they are known.
+        """
         self._tokens = recipe.data.global_batch_size * recipe.data.sequence_length
+        self._flops = flops
+        self._peak_flops = device_peak_flops(recipe, world.device.type)
+        self._has_experts = bool(recipe.model.num_moe_experts)
+        self._is_timed = world.is_first
         self._world = world
         self._steps = first_step
         with fail_together():
@@ -94,14 +119,16 @@ class Recorder:
         self._log.write_to(self.folder.logs)
         _LOGGER.info("rank %d of %d, process %d", world.rank, world.size, os.getpid())
         device = world.device
-        self._console.begin(first_step, recipe.training.steps)
+        unit = "GPU" if device.type == "cuda" else "rank"
+        self._console.begin(first_step, recipe.training.steps, unit=unit)
         ranks = "1 rank" if world.size == 1 else f"{world.size} ranks"
         self._console.say(f"{recipe.title}: {ranks}, run folder {self.folder.path}")
         self._console.say(f"device {device.type} with {device.communication}: {device.reason}")
         self._console.say(f"backend {backend.name}: {backend.reason}")
 
     def begin_step(self, step: int) -> None:
-        """See that a step begins. What records a run has nothing to do then."""
+        """See that a step begins."""
+        self.phases.begin()
 
     def step(
         self,
@@ -114,6 +141,9 @@ class Recorder:
     ) -> None:
         """Record a step; one that was not taken has no norm of its gradient (nan)."""
         self._steps = step
+        flops, peak = self._flops, self._peak_flops
+        load = self._experts.take() if self._experts else {}
+        of_a_rank = None if flops is None else flops / (seconds * self._world.size)
         self._last = StepMetrics(
             step=step,
             loss=loss,
@@ -123,6 +153,11 @@ class Recorder:
             tokens_per_second=self._tokens / seconds,
             peak_memory_bytes=peak_memory_bytes(self._world.device.type),
             mtp_loss=mtp_loss,
+            tflops_per_rank=None if of_a_rank is None else of_a_rank / 1e12,
+            mfu=None if of_a_rank is None or peak is None else of_a_rank / peak,
+            expert_imbalance=worst_imbalance(load),
+            tokens_per_expert=load or None,
+            seconds_by_phase=self.phases.take(seconds),
         )
         if self._world.is_first:
             self.folder.record(self._last)
@@ -171,13 +206,26 @@ class Recorder:
         last = self._checkpoint or "none of this run"
         self._console.say(f"warning: {error}; the run goes on, its last checkpoint is {last}")
 
+    @contextmanager
+    def between_steps(self, what: str) -> Iterator[None]:
+        """Note how long the run stands still for what the body does, a checkpoint for one."""
+        started = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - started
+        _LOGGER.info("%s after step %d: %.3f s", what, self._steps, seconds)
+        self._tracking.step(self._steps, {f"{what}_seconds": seconds})
+
     def look_at_start(
         self,
         model: list[torch.nn.Module],
         optimizer: MegatronOptimizer,
         scheduler: OptimizerParamScheduler,
     ) -> None:
-        """See everything as it is before the first step. What records a run looks at none of it."""
+        """See everything as it is before the first step; from then on, count and time."""
+        if self._has_experts:
+            self._experts = ExpertLoad(model)
+        if self._is_timed:
+            self.phases.watch(get_model_config(model[0]), self._world.device.type)
 
     def look_at_gradients(
         self, step: int, model: list[torch.nn.Module], reports: list[dict[str, torch.Tensor]]

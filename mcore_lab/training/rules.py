@@ -50,6 +50,7 @@ def require_trainable(recipe: Recipe) -> None:
     broken = [
         *_too_small(recipe),
         *_schedule(recipe.training),
+        *_peak(recipe.training),
         *_split(recipe.data.split),
         *_one_source(recipe.data),
         *_gradient_buffers(recipe),
@@ -93,6 +94,12 @@ def _schedule(training: Training) -> Iterator[str]:
     for name in ("adam_beta1", "adam_beta2"):
         if getattr(training, name) >= 1:
             yield f"--training.{_dashed(name)} must be below 1; it is {getattr(training, name)}"
+
+
+def _peak(training: Training) -> Iterator[str]:
+    peak = training.peak_tflops
+    if peak is not None and not peak > 0:
+        yield f"--training.peak-tflops must be above 0; it is {peak}"
 
 
 def _split(split: str) -> Iterator[str]:

@@ -12,6 +12,24 @@ from mcore_lab.training.run_folder import TENSORBOARD_FOLDER
 
 _SECONDS_BETWEEN_WRITES = 5
 
+_TAGS = {
+    "loss": "loss/training",
+    "valid_loss": "loss/validation",
+    "mtp_loss": "loss/multi_token_prediction",
+    "grad_norm": "optimizer/grad_norm",
+    "lr": "optimizer/lr",
+    "tokens_per_second": "resources/tokens_per_second",
+    "tflops_per_rank": "resources/tflops_per_rank",
+    "mfu": "resources/mfu",
+    "peak_memory_bytes": "resources/peak_memory_bytes",
+    "expert_imbalance": "mixture_of_experts/imbalance",
+    "step_seconds": "seconds/step",
+    "seconds_by_phase": "seconds/of_step",
+    "validation_seconds": "seconds/validation",
+    "checkpoint_seconds": "seconds/checkpoint",
+}
+"""What begins with one word is shown together, and such groups by the alphabet."""
+
 
 class TensorBoard:
     """Writes event files into the folder `tensorboard/` of the run."""
@@ -32,8 +50,14 @@ class TensorBoard:
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add a point to each curve."""
         for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
+            self._writer.add_scalar(tag(name), value, step)
 
     def end(self) -> None:
         """Write what is left."""
         self._writer.close()
+
+
+def tag(name: str) -> str:
+    """Return what a curve is called here; a part of something (`whole/part`) keeps its own name."""
+    whole, slash, part = name.partition("/")
+    return _TAGS.get(whole, whole) + slash + part

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from mcore_lab.config import Recipe
 from mcore_lab.errors import BackendError, ConfigError, LabError
+from mcore_lab.training.expert_balance import imbalance
 
 TENSORBOARD = "tensorboard"
 _METHODS = ("start", "step", "end")
@@ -34,7 +35,10 @@ class Tracker(Protocol):
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Take what was measured of a step, by the names of `metrics.jsonl`.
 
-        A validation and a checkpoint of that step come in calls of their own.
+        What has parts is told of each, as `whole/part`.
+
+        A validation after that step, and the seconds for which the run stood still for it or for
+        a checkpoint (`validation_seconds`, `checkpoint_seconds`), come in calls of their own.
         """
 
     def end(self) -> None:
@@ -140,12 +144,20 @@ class Tracking:
 
 
 def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Return what a line of `metrics.jsonl` measures, but for the step and what is not there."""
-    return {
-        name: float(value)
-        for name, value in metrics.items()
-        if name != "step" and value is not None
-    }
+    """Return what a line of `metrics.jsonl` measures, but for the step and what is not there.
+
+    What is measured by parts is named `whole/part`; of each layer's experts it is the imbalance.
+    """
+    found: dict[str, float] = {}
+    for name, value in metrics.items():
+        if name == "tokens_per_expert":
+            layers = (value or {}).items()
+            found |= {f"expert_imbalance/{layer}": imbalance(load) for layer, load in layers}
+        elif isinstance(value, Mapping):
+            found |= {f"{name}/{part}": float(number) for part, number in value.items()}
+        elif name != "step" and value is not None:
+            found[name] = float(value)
+    return found
 
 
 def _what(error: Exception) -> str:

@@ -36,6 +36,7 @@ def written(folder: Path, *, ranks: int = 2, steps: int = STEPS, traced: bool = 
                 step_seconds=0.5,
                 tokens_per_second=100.0 * step,
                 peak_memory_bytes=1,
+                tflops_per_rank=0.25 * step,
             )
         )
     run.record_validation(steps, 0.5)
@@ -85,6 +86,13 @@ class Page(HTMLParser):
 def page_of(run: RunFolder) -> Page:
     assert main(["report", str(run.path)]) == 0
     return Page((run.path / "report.html").read_text())
+
+
+def test_the_page_begins_with_the_median_of_what_was_measured(tmp_path: Path) -> None:
+    words = page_of(written(tmp_path / "run")).words
+    assert "TFLOP/s a rank" in words and "0.875" in words
+    # Nobody knows the peak of a CPU, and this model has no experts.
+    assert "MFU" not in words and "imbalance" not in words
 
 
 def test_a_traced_run_s_page_has_every_picture(tmp_path: Path) -> None:

@@ -19,6 +19,9 @@ FIELDS = {
     "step_seconds",
     "tokens_per_second",
     "peak_memory_bytes",
+    "tflops_per_rank",
+    "mfu",
+    "seconds_by_phase",
 }
 
 
@@ -51,6 +54,25 @@ def test_tokens_per_second_are_those_of_the_global_batch(metrics: list[dict[str,
     for line in metrics:
         assert line["tokens_per_second"] * line["step_seconds"] == pytest.approx(tokens)
         assert 0 < line["step_seconds"] < 60
+
+
+def test_flops_are_those_of_the_step_shared_among_ranks_and_mfu_is_of_a_peak_that_is_given(
+    metrics: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    # Per token: attention 4 h^2, MLP 8 h^2, pairs of tokens s h, in 4 layers; the output layer.
+    h, s, rows = 32, 16, 128
+    a_step = 8 * s * 6 * (4 * (12 * h * h + s * h) + h * rows)
+    for line in metrics:
+        done = line["tflops_per_rank"] * 1e12 * line["step_seconds"] * 2
+        assert done == pytest.approx(a_step)
+        # Nobody knows the peak of this CPU.
+        assert line["mfu"] is None
+    # Each half of a tensor-parallel model does half of the work.
+    of_peak = changed(SMALL, training={"peak_tflops": 0.5, "steps": 1})
+    split = changed(of_peak, layout={"tensor_model_parallel_size": 2})
+    (line,) = run(split, 2, tmp_path / "split")
+    assert line["tflops_per_rank"] * 1e12 * line["step_seconds"] * 2 == pytest.approx(a_step)
+    assert line["mfu"] == pytest.approx(line["tflops_per_rank"] / 0.5)
 
 
 def test_the_peak_memory_is_that_of_a_process_and_does_not_fall(

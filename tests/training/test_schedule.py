@@ -81,6 +81,7 @@ def test_wsd_is_stable_and_decays_over_the_last_fifth() -> None:
             "--training.lr-warmup-steps 5 must be below --training.lr-decay-steps 5",
         ),
         ({"adam_beta2": 1.0}, "--training.adam-beta2 must be below 1; it is 1.0"),
+        ({"peak_tflops": 0.0}, "--training.peak-tflops must be above 0; it is 0.0"),
         ({"eval_every": 0}, "--training.eval-every must not be below 1; it is 0"),
     ],
 )

@@ -59,14 +59,28 @@ def test_tensorboard_goes_on_in_the_same_curves_which_are_those_of_metrics_jsonl
     tracked(changed(TP2, training=from_2), tmp_path, "tensorboard")
     lines, shown = folder.metrics(), curves(folder)
     assert lines[3]["loss"] != abandoned[3]
-    for name in ("loss", "grad_norm", "lr", "tokens_per_second", "peak_memory_bytes"):
+    for group, name in [
+        ("optimizer", "grad_norm"),
+        ("optimizer", "lr"),
+        ("resources", "tokens_per_second"),
+        ("resources", "tflops_per_rank"),
+        ("resources", "peak_memory_bytes"),
+    ]:
         expected = {line["step"]: pytest.approx(line[name], rel=1e-6) for line in lines}
-        assert shown[name] == expected and list(shown[name]) == [1, 2, 3, 4, 5]
+        assert shown[f"{group}/{name}"] == expected
+        assert list(shown[f"{group}/{name}"]) == [1, 2, 3, 4, 5]
+    assert list(shown["loss/training"].values()) == pytest.approx([line["loss"] for line in lines])
+    forward = [line["seconds_by_phase"]["forward"] for line in lines]
+    assert list(shown["seconds/of_step/forward"].values()) == pytest.approx(forward)
+    # The run stood still after the steps that a checkpoint was written after.
+    assert list(shown["seconds/checkpoint"]) == [2, 5]
+    # Not of a model without experts on a CPU.
+    assert not {"resources/mfu", "mixture_of_experts/imbalance"} & {*shown}
     # A file for each time that the run began: the second of two ranks writes none.
     assert len(list((tmp_path / "tensorboard").iterdir())) == 2
     # Anew, the run has no curves but its own.
     tracked(changed(TP2, training={"steps": 1}), tmp_path, "tensorboard", fresh=True)
-    assert list(curves(folder)["loss"]) == [1]
+    assert list(curves(folder)["loss/training"]) == [1]
 
 
 def test_without_tensorboard_the_command_says_how_to_install_it(tmp_path: Path) -> None:

@@ -39,10 +39,17 @@ class TracingRecorder(Recorder):
         self._trace_steps = trace_steps
         self._open = ExitStack()
 
-    def begin(self, recipe: Recipe, world: World, backend: Backend, first_step: int) -> None:
+    def begin(
+        self,
+        recipe: Recipe,
+        world: World,
+        backend: Backend,
+        first_step: int,
+        flops: float | None = None,
+    ) -> None:
         """Make the run folder, and decide which steps are traced."""
         require_traceable(recipe.training.steps, first_step)
-        super().begin(recipe, world, backend, first_step)
+        super().begin(recipe, world, backend, first_step, flops)
         self._recipe, self._backend = recipe, backend
         first, last = first_step + TRACE_WARM_UP + 1, recipe.training.steps
         self._traced = self._steps_to_trace(first, last)
@@ -53,10 +60,12 @@ class TracingRecorder(Recorder):
 
     def look_at_start(self, model: Any, optimizer: Any, scheduler: Any) -> None:
         """Keep what there is to trace."""
+        super().look_at_start(model, optimizer, scheduler)
         self._model, self._optimizer = model, optimizer
 
     def begin_step(self, step: int) -> None:
         """Trace the step, or count its memory, if it is one of those."""
+        super().begin_step(step)
         if step == self._traced[0] - 1:
             self._clock = Clock(self._world)
             self._events = EventLog(self._clock, _sizes(self._recipe.layout, self._world.size))
