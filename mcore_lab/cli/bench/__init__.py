@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+from mcore_lab.bench.machine import this_machine
 from mcore_lab.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from mcore_lab.cli.bench.found import Found
 
 BENCHMARKS = {
     "step": "time a recipe's step beside the same model in a bare Megatron-Core loop",
@@ -18,7 +23,7 @@ BENCHMARKS = {
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the benchmark that is named, of the module of that name."""
+    """Run the benchmark that is named, by the `measure` of the module of that name."""
     name = argv[0] if argv else "--help"
     if name in ("-h", "--help"):
         print("usage: mcore-lab bench BENCHMARK [NAME] [--nproc N] [options]\n")
@@ -28,5 +33,7 @@ def main(argv: Sequence[str]) -> int:
     if name not in BENCHMARKS:
         hint = nearest(name, BENCHMARKS) or f"; there is {', '.join(BENCHMARKS)}"
         raise ConfigError(f"no benchmark {name}{hint}")
-    status: int = importlib.import_module(f"{__name__}.{name}").main(argv[1:])
-    return status
+    machine = this_machine()
+    found: Found = importlib.import_module(f"{__name__}.{name}").measure(argv[1:])
+    found.show(machine)
+    return 0
