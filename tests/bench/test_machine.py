@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
+import time
+import uuid
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +26,7 @@ SMALL = [
     *("--data.mock-document-length", "64", "--training.steps", "5"),
 ]
 SMALLEST = {
+    "launch": ["--nproc", "2", "--rounds", "1"],
     "step": ["tp2_gpt", *SMALL],
     "trace": ["tp2_gpt", *SMALL],
     "checkpoint": ["tp2_gpt", *SMALL],
@@ -114,3 +118,41 @@ def test_the_benchmark_prints_json_alone_with_the_machine(name: str, tmp_path: P
     assert said["machine"]["torch"] == version("torch")
     assert said["machine"]["cores"] == this_machine().cores
     assert len(said) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALLEST)
+def test_an_interrupted_benchmark_ends_in_a_line_and_leaves_no_rank(
+    name: str, tmp_path: Path
+) -> None:
+    mark = uuid.uuid4().hex
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mcore_lab", "bench", name, *SMALLEST[name]],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"MARK": mark},
+    )
+    end = time.monotonic() + 120
+    while len(_marked(mark)) < 3 and process.poll() is None:  # it, and two ranks at least
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, "error: interrupted\n")
+    while left := _marked(mark):  # the kernel ends the last of them in its own time
+        assert time.monotonic() < end, left
+        time.sleep(0.05)
+
+
+def _marked(mark: str) -> list[int]:
+    """Return the processes that have the mark in their environment."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark.encode() in (folder / "environ").read_bytes():
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return found

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mcore_lab.cli.bench.found import Found
 
 BENCHMARKS = {
+    "launch": "time until ranks stand in a process group: forked, by torchrun and by spawn",
     "step": "time a recipe's step beside the same model in a bare Megatron-Core loop",
     "trace": "time steps that --trace records beside steps of the same run that it does not",
     "checkpoint": "time the save and the load of a recipe's checkpoint, with optimizer and hashes",
