@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     if name in ("-h", "--help"):
         print("usage: mcore-lab bench BENCHMARK [NAME] [--nproc N] [options]\n")
         print(*(f"  {name:<13}{what}" for name, what in BENCHMARKS.items()), sep="\n")
-        print("\nNAME is a recipe; recipes takes any number, collectives none. Each has --help.")
+        print("\nNAME is a recipe; recipes takes any, launch, collectives none. Each has --help.")
         return 0 if argv else 2
     if name not in BENCHMARKS:
         hint = nearest(name, BENCHMARKS) or f"; there is {', '.join(BENCHMARKS)}"
