@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 from mcore_lab.errors import RankFailedError
@@ -46,13 +43,3 @@ def _timed(name: str, ranks: int, options: list[str]) -> Timed:
         said = done.stderr.strip().removeprefix("error: ")
         raise RankFailedError(f"{name} ended with status {done.returncode}: {said}")
     return Timed(name=name, ranks=ranks, seconds=seconds)
-
-
-def machine() -> dict[str, str | int]:
-    """Return what the times are of: the cores that this process may use, and the versions."""
-    return {
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "megatron-core": version("megatron-core"),
-        "torch": version("torch"),
-    }

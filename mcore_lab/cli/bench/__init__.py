@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+from mcore_lab.bench.machine import this_machine
 from mcore_lab.errors import ConfigError, nearest
 
+if TYPE_CHECKING:
+    from mcore_lab.cli.bench.found import Found
+
 BENCHMARKS = {
+    "launch": "time until ranks stand in a process group: forked, by torchrun and by spawn",
     "step": "time a recipe's step beside the same model in a bare Megatron-Core loop",
     "trace": "time steps that --trace records beside steps of the same run that it does not",
     "checkpoint": "time the save and the load of a recipe's checkpoint, with optimizer and hashes",
@@ -18,15 +24,17 @@ BENCHMARKS = {
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the benchmark that is named, of the module of that name."""
+    """Run the benchmark that is named, by the `measure` of the module of that name."""
     name = argv[0] if argv else "--help"
     if name in ("-h", "--help"):
         print("usage: mcore-lab bench BENCHMARK [NAME] [--nproc N] [options]\n")
         print(*(f"  {name:<13}{what}" for name, what in BENCHMARKS.items()), sep="\n")
-        print("\nNAME is a recipe; recipes takes any number, collectives none. Each has --help.")
+        print("\nNAME is a recipe; recipes takes any, launch, collectives none. Each has --help.")
         return 0 if argv else 2
     if name not in BENCHMARKS:
         hint = nearest(name, BENCHMARKS) or f"; there is {', '.join(BENCHMARKS)}"
         raise ConfigError(f"no benchmark {name}{hint}")
-    status: int = importlib.import_module(f"{__name__}.{name}").main(argv[1:])
-    return status
+    machine = this_machine()
+    found: Found = importlib.import_module(f"{__name__}.{name}").measure(argv[1:])
+    found.show(machine)
+    return 0

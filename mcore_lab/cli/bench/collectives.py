@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +17,11 @@ from mcore_lab.bench.collectives.bandwidth import BUS_FACTORS
 from mcore_lab.bench.collectives.groups import GroupKind, kinds_of, world_kind
 from mcore_lab.bench.collectives.results import CollectiveTimes, Halves, Measurement, Plan
 from mcore_lab.cli.arguments import Parser, require_plottable, smallest_world
+from mcore_lab.cli.bench.found import Found
 from mcore_lab.cli.check import MEANING
 from mcore_lab.errors import ConfigError, nearest
 from mcore_lab.layout import SHORT_NAMES, ParallelLayout
-from mcore_lab.report.tables import print_json, print_table
+from mcore_lab.report.tables import print_table
 
 if TYPE_CHECKING:
     from mcore_lab.report.bandwidth_plot import Panel
@@ -44,8 +46,8 @@ _SMALLEST, _LARGEST = "1K", "4M"
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
-def main(argv: Sequence[str]) -> int:
-    """Print what each collective moves and how fast, as a table or as JSON; draw it if asked."""
+def measure(argv: Sequence[str]) -> Found:
+    """Return what each collective moves and how fast; draw it if asked."""
     options = _options(argv)
     kinds, nproc = _kinds(options)
     plan = Plan(
@@ -56,13 +58,14 @@ def main(argv: Sequence[str]) -> int:
     )
     require_plottable("--plot", options.plot)
     times, device = _measured(plan, nproc)
-    if options.json:
-        print_json(_as_json(plan, times, nproc, device))
-    else:
-        _tell(plan, times, nproc, device)
     if options.plot:
         _plot(options.plot, kinds, times, f"{nproc} ranks, {_on(device)}")
-    return 0
+    return Found(
+        values=_values(plan, times, nproc, device),
+        as_json=options.json,
+        tell=partial(_tell, plan, times, nproc, device),
+        nproc=nproc,
+    )
 
 
 def _options(argv: Sequence[str]) -> argparse.Namespace:
@@ -159,12 +162,11 @@ def _on(device: Device) -> str:
     return f"{device.communication} on {device.type}, torch {version('torch')}"
 
 
-def _as_json(plan: Plan, times: CollectiveTimes, nproc: int, device: Device) -> dict[str, Any]:
+def _values(plan: Plan, times: CollectiveTimes, nproc: int, device: Device) -> dict[str, Any]:
     return {
         "nproc": nproc,
         "device": device.type,
         "communication": device.communication,
-        "torch": version("torch"),
         "rounds": plan.rounds,
         "kinds": [asdict(kind) for kind in plan.kinds],
         **asdict(times),

@@ -7,17 +7,19 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from mcore_lab.bench.recipes import Timed, machine, time_lesson, time_run
+from mcore_lab.bench.recipes import Timed, time_lesson, time_run
 from mcore_lab.cli.arguments import Parser, usual_world
+from mcore_lab.cli.bench.found import Found
 from mcore_lab.errors import ConfigError, nearest
 from mcore_lab.lessons import LESSONS
 from mcore_lab.recipes import load_recipe, recipe_names
-from mcore_lab.report.tables import print_json
+
+_WHAT = "Run recipes and lessons as they are, one after the other, and say how long each took."
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run recipes and lessons as they are, one after the other, and say how long each took."""
-    parser = Parser(prog="mcore-lab bench recipes", description=main.__doc__)
+def measure(argv: Sequence[str]) -> Found:
+    """Run recipes and lessons as they are, one after the other, and return how long each took."""
+    parser = Parser(prog="mcore-lab bench recipes", description=_WHAT)
     parser.add_argument(
         "names",
         metavar="NAME",
@@ -40,12 +42,11 @@ def main(argv: Sequence[str]) -> int:
             if not options.json:
                 # As they come: all of them take a quarter of an hour.
                 print(f"{name:<{width}}{_said(found[-1])}", flush=True)
-    on = machine()
-    if options.json:
-        print_json({"machine": on, "runs": [asdict(one) for one in found]})
-    else:
-        print(f"\non {', '.join(f'{name} {what}' for name, what in on.items())}")
-    return 0
+    return Found(
+        values={"runs": [asdict(one) for one in found]},
+        as_json=options.json,
+        tell=lambda: None,  # It has been told as it came.
+    )
 
 
 def _said(one: Timed) -> str:

@@ -8,14 +8,16 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mcore_lab import cpu
+from mcore_lab.cli.bench.found import Found
 from mcore_lab.cli.bench.of_recipe import benchmark_arguments
 from mcore_lab.config import LaunchSettings
 from mcore_lab.errors import ConfigError
-from mcore_lab.report.tables import print_json, print_table
+from mcore_lab.report.tables import print_table
 
 if TYPE_CHECKING:
     from mcore_lab.bench.soak import SoakResult
@@ -31,8 +33,8 @@ class SoakSettings(LaunchSettings):
     """Decides when, and which ranks."""
 
 
-def main(argv: Sequence[str]) -> int:
-    """Kill, and print what became of the runs; what a failed soak has left is kept."""
+def measure(argv: Sequence[str]) -> Found:
+    """Kill, and return what became of the runs; what a failed soak has left is kept."""
     arguments, nproc = benchmark_arguments("soak", argv, SoakSettings)
     kills, seed = arguments.own["kills"], arguments.own["kill_seed"]
     if kills < 1:
@@ -44,14 +46,19 @@ def main(argv: Sequence[str]) -> int:
     folder = Path(tempfile.mkdtemp(prefix="mcore_lab-"))
     result = soak(arguments.recipe, nproc, kills, folder, seed=seed, tell=_tell_of_kills)
     shutil.rmtree(folder)
-    if arguments.json:
-        print_json(dataclasses.asdict(result))
-        return 0
+    return Found(
+        values=dataclasses.asdict(result),
+        as_json=arguments.json,
+        tell=partial(_tell, result),
+        nproc=nproc,
+    )
+
+
+def _tell(result: SoakResult) -> None:
     columns = ("recipe", "ranks", "kills", "in saves", "most steps lost", "whole runs")
     row = (result.kills, result.in_saves, result.most_steps_lost, result.whole_runs)
-    print_table(columns, [(result.recipe, nproc, *row)])
+    print_table(columns, [(result.recipe, result.nproc, *row)])
     print("every step, and the weights and moments at each end, are those of a run left alone")
-    return 0
 
 
 def _tell_of_kills(result: SoakResult) -> None:
