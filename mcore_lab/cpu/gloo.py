@@ -98,7 +98,7 @@ def _flatten(name: str) -> None:
 def uneven_all_gather() -> None:
     """Gloo's `all_gather` wants one size; NCCL takes a size per rank (expert tensor parallelism).
 
-    Each rank's tensor is broadcast in turn, which moves the same bytes.
+    Each rank sends what it has to every other, in one all-to-all.
     """
     gather = dist.all_gather
 
@@ -109,19 +109,18 @@ def uneven_all_gather() -> None:
         group: Any = None,
         async_op: bool = False,
     ) -> Any:
-        me = dist.get_rank(group)
-        if me < 0 or len({t.shape for t in tensor_list}) <= 1:
+        if dist.get_rank(group) < 0 or len({t.shape for t in tensor_list}) <= 1:
             return gather(tensor_list, tensor, group=group, async_op=async_op)
-        tensor_list[me].copy_(tensor.detach())
-        works = _Works(
-            [
-                dist.broadcast(output, group=group, group_src=rank, async_op=True)
-                for rank, output in enumerate(tensor_list)
-            ]
+        own, sizes = tensor.detach().flatten(), [one.numel() for one in tensor_list]
+        gathered, sent = own.new_empty(sum(sizes)), own.repeat(len(sizes))
+        work = dist.all_to_all_single(
+            gathered, sent, sizes, [len(own)] * len(sizes), group=group, async_op=True
         )
+        parts = list(zip(tensor_list, gathered.split(sizes), strict=True))
+        work = _CopiedOut(work, parts)
         if async_op:
-            return works
-        works.wait()
+            return work
+        work.wait()
         return None
 
     _replace("all_gather", all_gather)
@@ -156,16 +155,18 @@ def reduce_scatter_by_all_to_all() -> None:
     _replace("reduce_scatter", reduce_scatter)
 
 
-class _Works:
-    """Several operations that end together."""
+class _CopiedOut:
+    """An operation, after which parts of what it leaves are copied to where they belong."""
 
-    def __init__(self, works: list[Any]) -> None:
-        self._works = works
+    def __init__(self, work: Any, parts: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        self._work, self._parts = work, parts
 
     def wait(self, *args: Any) -> bool:
-        for work in self._works:
-            work.wait(*args)
+        self._work.wait(*args)
+        for output, part in self._parts:
+            output.detach().copy_(part.view_as(output))
+        self._parts = []
         return True
 
     def is_completed(self) -> bool:
-        return all(work.is_completed() for work in self._works)
+        return bool(self._work.is_completed())
