@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mcore_lab.config import Recipe, Training
+from mcore_lab.config import Model, Recipe, Training
 from mcore_lab.layout import ParallelLayout
 
 Weights = Mapping[str, Tensor]
@@ -24,7 +24,15 @@ Weights = Mapping[str, Tensor]
 Batch = Mapping[str, Tensor]
 """A micro-batch: `tokens` and `labels`, each `[b, s]`."""
 
-_NOT_DROPPED = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
+_SHAPE = (
+    *("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "vocab_size"),
+    *("max_sequence_length", "backend"),
+)
+_ADAM = (
+    *("steps", "seed", "lr", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad"),
+    *("eval_every", "eval_samples", "resume", "collective_timeout", "peak_tflops"),
+)
+"""What a recipe may choose of its model and of its training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,39 +46,20 @@ class Trained:
 def why_none(recipe: Recipe, nproc: int) -> str | None:
     """Return what the peers do not have of a recipe; None if they compute just what it does."""
     model, training = recipe.model, recipe.training
-    plain = replace(
-        type(model)(),
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        num_attention_heads=model.num_attention_heads,
-        ffn_hidden_size=model.ffn_hidden_size,
-        vocab_size=model.vocab_size,
-        max_sequence_length=model.max_sequence_length,
-        backend=model.backend,
-        transformer=_NOT_DROPPED,
-    )
-    adam = replace(
-        Training(),
-        **{
-            name: getattr(training, name)
-            for name in (
-                *("steps", "seed", "lr", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps"),
-                *("clip_grad", "eval_every", "eval_samples", "resume", "peak_tflops"),
-            )
-        },
-    )
-    data = recipe.data
-    differs = {
+    no_dropout = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
+    dense = Model(**{name: getattr(model, name) for name in _SHAPE}, transformer=no_dropout)
+    adam = Training(**{name: getattr(training, name) for name in _ADAM})
+    lacks = {
         "its layout splits more than tensors": recipe.layout
         != ParallelLayout(tensor_model_parallel_size=nproc),
         "its model is more than a dense GPT with learned positions, an output layer of its own and "
-        "no dropout": model != plain,
+        "no dropout": model != dense,
         "it trains with more than Adam in fp32 and clipping": training != adam
         or training.clip_grad <= 0,
-        "its documents are packed": data.pack_documents,
-        "the vocabulary is not given": model.vocab_size is None,
+        "its documents are packed": recipe.data.pack_documents,
+        "its vocabulary is not given": model.vocab_size is None,
     }
-    return next((why for why, is_so in differs.items() if is_so), None)
+    return next((why for why, is_so in lacks.items() if is_so), None)
 
 
 def train(
