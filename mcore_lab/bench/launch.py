@@ -9,10 +9,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from mcore_lab.bench.stand import STARTED
 from mcore_lab.errors import RankFailedError
@@ -85,7 +86,8 @@ def seconds_to_stand(way: str, nproc: int) -> float:
                 start_new_session=True,
             )
             try:
-                status = process.wait(_LIMIT_SECONDS)
+                with _ended_in_order():
+                    status = process.wait(_LIMIT_SECONDS)
             finally:
                 _end(process)
         if status:
@@ -104,6 +106,20 @@ def _command(way: str, nproc: int, folder: Path) -> list[str]:
 
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(nproc)]
     return [sys.executable, *torchrun, "--master-port", str(free_port()), *stand]
+
+
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """Have SIGTERM raise SystemExit: it would end this process alone, and leave the ranks."""
+
+    def stop(number: int, _: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mcore_lab.bench.peers.from_scratch import config_of
 from mcore_lab.checkpoint import step_folder
 from mcore_lab.config import Recipe, recipe_to_toml
 from mcore_lab.data.batches import GlobalBatches
 from mcore_lab.data.datasets import build_datasets
 from mcore_lab.layout import ParallelLayout
-from mcore_lab.lessons import transformer
+from mcore_lab.lessons.transformer import Transformer
 from mcore_lab.recipes.story import train
 from mcore_lab.runtime import RankLog, choose_device, launch, process_group
 from mcore_lab.runtime.memory import TensorMemory
@@ -128,22 +129,12 @@ def _initial_weights(recipe: Recipe, run_dir: Path) -> Path:
 
 
 def _from_scratch(recipe: Recipe) -> Held:
-    model, data, training = recipe.model, recipe.data, recipe.training
-    config = transformer.Config(
-        vocab_size=model.vocab_size or data.mock_vocab_size + 1,
-        hidden_size=model.hidden_size,
-        num_layers=model.num_layers,
-        num_attention_heads=model.num_attention_heads,
-        ffn_hidden_size=model.ffn_hidden_size or 4 * model.hidden_size,
-        max_sequence_length=model.max_sequence_length or data.sequence_length,
-        causal=model.causal_attention,
-        initial_std=model.transformer.get("init_method_std", 0.02),
-    )
+    data, training = recipe.data, recipe.training
     losses = []
     with RankLog(int(os.environ["RANK"])), process_group() as world, TensorMemory() as memory:
         everyone = dist.group.WORLD
         assert everyone
-        part = transformer.Transformer(config, everyone).to(world.device.type)
+        part = Transformer(config_of(recipe), everyone).to(world.device.type)
         optimizer = torch.optim.Adam(part.parameters(), training.lr, fused=True)
         # All ranks take all samples of a step, the same as on Megatron-Core.
         batches = GlobalBatches(

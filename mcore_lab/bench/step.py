@@ -52,6 +52,8 @@ SAME_LOSS = 1e-4
 by some 1e-7, and Adam makes more of it with every step."""
 _WARM_UP = 2
 
+_Loop = Callable[[Recipe, World, RankLog], Trained]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepTimes:
@@ -122,9 +124,6 @@ def _require_same(apart: Mapping[str, float]) -> None:
                 f"the loop {name} does not compute what the recipe does: its losses are up to "
                 f"{distance:.1e} away, more than {SAME_LOSS:.0e}; their times are not comparable"
             )
-
-
-_Loop = Callable[[Recipe, World, RankLog], Trained]
 
 
 class _TimedRecorder(Recorder):

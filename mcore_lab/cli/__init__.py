@@ -22,7 +22,7 @@ COMMANDS = {
     "report": "make one page of a run: its curves, who held what, and what was traced",
     "sample": "go on with a text, or with tokens, from a checkpoint",
     "checkpoint": "look at checkpoints, see that they are whole, write them for others",
-    "bench": "time a recipe's step, the save and the load of its checkpoint, or collectives",
+    "bench": "time launches, steps, checkpoints or collectives, beside what others take",
     "doctor": "say what this machine has, what that allows, and what is missing",
 }
 _OTHER_WORDS = {

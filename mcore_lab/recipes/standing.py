@@ -42,6 +42,9 @@ def stand(recipe: Recipe, act: Act) -> None:
         def begin(self, *what_runs: object) -> None:
             """Make no run folder."""
 
+        def look_at_start(self, *what_runs: object) -> None:
+            """Count and time nothing."""
+
         def look_at_end(self, model: list[Any], optimizer: Any, scheduler: Any) -> None:
             """Act."""
             act(model, optimizer, scheduler)

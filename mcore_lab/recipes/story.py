@@ -108,10 +108,10 @@ def train(
         else:
             progress = load_checkpoint(start.path, model, optimizer, scheduler, verify=verify)
 
-    is_gpt = build is recipe_chunk and own_build(recipe) is None
-    rows = model_vocab_size(recipe, datasets.vocab_size)
-    flops = step_flops(recipe, config, rows) if is_gpt else None
-    recorder.begin(recipe, world, backend, progress.step, flops)
+    if build is recipe_chunk and own_build(recipe) is None:
+        rows = model_vocab_size(recipe, datasets.vocab_size)
+        recorder.step_flops = step_flops(recipe, config, rows)
+    recorder.begin(recipe, world, backend, progress.step)
     if world.is_first:
         clean_up(checkpoints)
     recorder.look_at_start(model, optimizer, scheduler)

@@ -81,31 +81,19 @@ class Recorder:
         self._recipe_toml, self._fresh, self._launch = recipe_toml, fresh, launch
         self._tracking = Tracking(track, self._warn)
         self.phases = Phases()
-        self._has_experts, self._is_timed = False, False
+        self.step_flops: float | None = None
+        """Operations of a step on all ranks together, if they are known."""
         self._experts: ExpertLoad | None = None
         self._steps = 0
         self._last: StepMetrics | None = None
         self._valid_loss: float | None = None
         self._checkpoint: Path | None = None
 
-    def begin(
-        self,
-        recipe: Recipe,
-        world: World,
-        backend: Backend,
-        first_step: int,
-        flops: float | None = None,
-    ) -> None:
-        """Make the run folder, now that everything is ready to run, and say what runs.
-
-        `flops` are the operations of a step on all ranks together, if they are known.
-        """
+    def begin(self, recipe: Recipe, world: World, backend: Backend, first_step: int) -> None:
+        """Make the run folder, now that everything is ready to run, and say what runs."""
         self._tokens = recipe.data.global_batch_size * recipe.data.sequence_length
-        self._flops = flops
         self._peak_flops = device_peak_flops(recipe, world.device.type)
-        self._has_experts = bool(recipe.model.num_moe_experts)
-        self._is_timed = world.is_first
-        self._world = world
+        self._recipe, self._world = recipe, world
         self._steps = first_step
         with fail_together():
             if world.is_first:
@@ -141,7 +129,7 @@ class Recorder:
     ) -> None:
         """Record a step; one that was not taken has no norm of its gradient (nan)."""
         self._steps = step
-        flops, peak = self._flops, self._peak_flops
+        flops, peak = self.step_flops, self._peak_flops
         load = self._experts.take() if self._experts else {}
         of_a_rank = None if flops is None else flops / (seconds * self._world.size)
         self._last = StepMetrics(
@@ -222,9 +210,9 @@ class Recorder:
         scheduler: OptimizerParamScheduler,
     ) -> None:
         """See everything as it is before the first step; from then on, count and time."""
-        if self._has_experts:
+        if self._recipe.model.num_moe_experts:
             self._experts = ExpertLoad(model)
-        if self._is_timed:
+        if self._world.is_first:
             self.phases.watch(get_model_config(model[0]), self._world.device.type)
 
     def look_at_gradients(

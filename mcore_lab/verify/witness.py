@@ -37,14 +37,7 @@ class Witness(Recorder):
         self.snapshot = Snapshot()
         self._initial = initial
 
-    def begin(
-        self,
-        recipe: Recipe,
-        world: World,
-        backend: Backend,
-        first_step: int,
-        flops: float | None = None,
-    ) -> None:
+    def begin(self, recipe: Recipe, world: World, backend: Backend, first_step: int) -> None:
         """Note what runs."""
         self._recipe = recipe
 

@@ -47,21 +47,28 @@ def test_cores_are_those_that_the_process_is_bound_to() -> None:
         os.sched_setaffinity(0, bound)
 
 
+def version_1(quota: int, limit: int) -> dict[str, str]:
+    """Return the files of a control group: microseconds of each 100,000, and bytes."""
+    return {
+        "cpu/cpu.cfs_quota_us": f"{quota}\n",
+        "cpu/cpu.cfs_period_us": "100000\n",
+        "memory/memory.limit_in_bytes": f"{limit}\n",
+    }
+
+
+def write(folder: Path, texts: dict[str, str]) -> None:
+    for name, text in texts.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+
+
 def test_a_quota_and_a_limit_of_the_control_group_count_in_both_versions(tmp_path: Path) -> None:
     cores, memory = len(os.sched_getaffinity(0)), usable_memory(tmp_path)
     assert memory == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for name, text in {
-        "cpu.max": "max 100000\n",
-        "memory.max": "max\n",
-        "cpu/cpu.cfs_quota_us": "-1\n",
-        "cpu/cpu.cfs_period_us": "100000\n",
-        "memory/memory.limit_in_bytes": f"{2**63 - 4096}\n",
-    }.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
+    version_2 = {"cpu.max": "max 100000\n", "memory.max": "max\n"}
+    write(tmp_path, version_2 | version_1(quota=-1, limit=2**63 - 4096))
     assert (usable_cores(tmp_path), usable_memory(tmp_path)) == (cores, memory), "no limits"
-    (tmp_path / "cpu.max").write_text("50000 100000\n")
-    (tmp_path / "memory.max").write_text(f"{2**28}\n")
+    write(tmp_path, {"cpu.max": "50000 100000\n", "memory.max": f"{2**28}\n"})
     assert (usable_cores(tmp_path), usable_memory(tmp_path)) == (0.5, 2**28)
 
 
@@ -69,13 +76,7 @@ def test_version_1_has_its_limits_in_a_tree_for_each_controller(tmp_path: Path) 
     own = Path("/proc/self/cgroup").read_text()
     if ":cpu:" not in own or ":memory:" not in own:
         pytest.skip("this system has control groups of version 2 alone")
-    for name, text in {
-        "cpu/cpu.cfs_quota_us": "75000\n",
-        "cpu/cpu.cfs_period_us": "100000\n",
-        "memory/memory.limit_in_bytes": f"{2**27}\n",
-    }.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
+    write(tmp_path, version_1(quota=75000, limit=2**27))
     assert (usable_cores(tmp_path), usable_memory(tmp_path)) == (0.75, 2**27)
 
 
@@ -121,9 +122,12 @@ def test_the_benchmark_prints_json_alone_with_the_machine(name: str, tmp_path: P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SMALLEST)
-def test_an_interrupted_benchmark_ends_in_a_line_and_leaves_no_rank(
-    name: str, tmp_path: Path
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [*((name, signal.SIGINT) for name in SMALLEST), ("launch", signal.SIGTERM)],
+)
+def test_a_benchmark_that_is_ended_leaves_no_rank_and_says_a_line_of_ctrl_c(
+    name: str, number: signal.Signals, tmp_path: Path
 ) -> None:
     mark = uuid.uuid4().hex
     process = subprocess.Popen(
@@ -138,9 +142,10 @@ def test_an_interrupted_benchmark_ends_in_a_line_and_leaves_no_rank(
     while len(_marked(mark)) < 3 and process.poll() is None:  # it, and two ranks at least
         assert time.monotonic() < end
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, said = process.communicate(timeout=60)
-    assert (process.returncode, said) == (130, "error: interrupted\n")
+    line = "error: interrupted\n" if number == signal.SIGINT else ""
+    assert (process.returncode, said) == (128 + number, line)
     while left := _marked(mark):  # the kernel ends the last of them in its own time
         assert time.monotonic() < end, left
         time.sleep(0.05)

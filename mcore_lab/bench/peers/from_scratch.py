@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -37,18 +36,25 @@ def train_from_scratch(
 
 def transformer(recipe: Recipe, weights: Weights, device: str) -> Transformer:
     """Return this rank's part of the model."""
-    group, shape = dist.group.WORLD, recipe.model
-    assert group and shape.vocab_size
-    sizes: dict[str, Any] = {
-        "num_layers": shape.num_layers,
-        "hidden_size": shape.hidden_size,
-        "num_attention_heads": shape.num_attention_heads,
-        "ffn_hidden_size": shape.ffn_hidden_size or 4 * shape.hidden_size,
-        "vocab_size": shape.vocab_size,
-    }
-    longest = shape.max_sequence_length or recipe.data.sequence_length
-    model = Transformer(Config(**sizes, max_sequence_length=longest, causal=True), group)
+    group = dist.group.WORLD
+    assert group
+    model = Transformer(config_of(recipe), group)
     model.head.bias = None  # type: ignore[assignment] # as Megatron-Core's
     model.to(device)
     fill(model, weights)
     return model
+
+
+def config_of(recipe: Recipe) -> Config:
+    """Return the shape of a recipe's model in the words of the lessons."""
+    model, data = recipe.model, recipe.data
+    return Config(
+        vocab_size=model.vocab_size or data.mock_vocab_size + 1,
+        hidden_size=model.hidden_size,
+        num_layers=model.num_layers,
+        num_attention_heads=model.num_attention_heads,
+        ffn_hidden_size=model.ffn_hidden_size or 4 * model.hidden_size,
+        max_sequence_length=model.max_sequence_length or data.sequence_length,
+        causal=model.causal_attention,
+        initial_std=model.transformer.get("init_method_std", 0.02),
+    )

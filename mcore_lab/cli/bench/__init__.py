@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 BENCHMARKS = {
     "launch": "time until ranks stand in a process group: forked, by torchrun and by spawn",
-    "step": "time a recipe's step beside the same model in a bare Megatron-Core loop",
+    "step": "time a recipe's step beside three other loops of the same model",
     "trace": "time steps that --trace records beside steps of the same run that it does not",
     "checkpoint": "time the save and the load of a recipe's checkpoint, with optimizer and hashes",
     "soak": "kill a recipe's ranks again and again, and see that each restart changes nothing",
@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     if name in ("-h", "--help"):
         print("usage: mcore-lab bench BENCHMARK [NAME] [--nproc N] [options]\n")
         print(*(f"  {name:<13}{what}" for name, what in BENCHMARKS.items()), sep="\n")
-        print("\nNAME is a recipe; recipes takes any, launch, collectives none. Each has --help.")
+        print("\nNAME is a recipe: several for recipes, none for launch and collectives.")
         return 0 if argv else 2
     if name not in BENCHMARKS:
         hint = nearest(name, BENCHMARKS) or f"; there is {', '.join(BENCHMARKS)}"

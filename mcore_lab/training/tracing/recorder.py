@@ -39,18 +39,11 @@ class TracingRecorder(Recorder):
         self._trace_steps = trace_steps
         self._open = ExitStack()
 
-    def begin(
-        self,
-        recipe: Recipe,
-        world: World,
-        backend: Backend,
-        first_step: int,
-        flops: float | None = None,
-    ) -> None:
+    def begin(self, recipe: Recipe, world: World, backend: Backend, first_step: int) -> None:
         """Make the run folder, and decide which steps are traced."""
         require_traceable(recipe.training.steps, first_step)
-        super().begin(recipe, world, backend, first_step, flops)
-        self._recipe, self._backend = recipe, backend
+        super().begin(recipe, world, backend, first_step)
+        self._backend = backend
         first, last = first_step + TRACE_WARM_UP + 1, recipe.training.steps
         self._traced = self._steps_to_trace(first, last)
 
