@@ -106,7 +106,7 @@ def test_two_layouts_of_one_recipe_agree_and_another_learning_rate_diverges_at_s
     assert main(["compare", tp1, fast, "--json"]) == 1
     answer = json.loads(capsys.readouterr().out)
     assert answer["first_beyond"] == {"loss": 2, "grad_norm": 2} and answer["agrees"] is False
-    assert answer["recipes_differ_in"] == {"training.lr": [1e-2, 2e-2]}
+    assert answer["recipes_differ_in"] == {"training.lr": [2e-3, 2e-2]}
     assert [step["loss_difference"] > 1e-5 for step in answer["steps"]] == [False, True, True]
 
 

@@ -104,6 +104,7 @@ _METHODS: dict[Any, Callable[..., Any]] = {
     torch.Tensor.cuda: _cuda,
     torch.Tensor.pin_memory: _stay,
 }
+_SPECIAL = _DRAWS_ON_DEVICE | _METHODS.keys()
 
 
 class CudaOnCpu(TorchFunctionMode):
@@ -120,6 +121,9 @@ class CudaOnCpu(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        if not kwargs and func not in _SPECIAL:
+            # Nearly all; there are tens of thousands in a step.
+            return func(*args)
         kwargs = kwargs or {}
         on_device = "device" in kwargs and is_cuda(kwargs["device"])
         if on_device:

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mcore_lab import cpu
 from mcore_lab.config import Data, Model, Recipe, Training, recipe_to_toml
 from mcore_lab.errors import LabError, RunFolderError
 from mcore_lab.layout import ParallelLayout
@@ -47,8 +48,10 @@ _EXPERTS = {
     "moe_grouped_gemm": True,
     "moe_router_load_balancing_type": "none",
 }
+# As many as four stages, or two of two chunks each, have; and without a pipeline.
+_LAYERS, _FEWEST_LAYERS = 4, 2
 _SHAPE: dict[str, Any] = {
-    "num_layers": 4,
+    "num_layers": _LAYERS,
     "hidden_size": 32,
     "num_attention_heads": 4,
     "vocab_size": 128,
@@ -75,7 +78,10 @@ MOE = Recipe(
     data=_DATA,
     training=Training(lr=1e-2),
 )
-"""The small models of a sweep that names no recipe: layouts decide what is tested, not width."""
+"""The small models of a sweep that names no recipe: layouts decide what is tested, not width.
+
+Where no pipeline splits their four layers they have two.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +134,20 @@ class Sweep:
         }
 
 
+def smallest(recipe: Recipe, world_size: int, layout: ParallelLayout) -> Recipe:
+    """Return the recipe with as little as shows a layout at work.
+
+    Its samples a step are those of `fewest_samples`. Its layers are its own, but for the small
+    models of a sweep: two of them are as wrong as four would be, in half the time.
+    """
+    model = recipe.model
+    is_small_model = recipe.name in (DENSE.name, MOE.name)
+    if is_small_model and model.num_layers == _LAYERS and layout.pp == 1:
+        model = replace(model, num_layers=_FEWEST_LAYERS)
+    samples = fewest_samples(recipe, world_size, layout)
+    return replace(recipe, model=model, data=replace(recipe.data, global_batch_size=samples))
+
+
 def fewest_samples(recipe: Recipe, world_size: int, layout: ParallelLayout) -> int:
     """Return the samples a step that show a layout at work, at most the recipe's own.
 
@@ -152,7 +172,7 @@ def sweep(
 ) -> Iterator[Outcome | Sweep]:
     """Verify every layout up to `world_size` ranks; yield each outcome, and last the whole sweep.
 
-    A layout is verified on as few samples a step as it needs, see `fewest_samples`.
+    A layout is verified on as little as it needs, see `smallest`.
     What is found is kept in `folder`, a line a layout: a sweep that was interrupted goes on where
     it was, if recipe, versions and tolerances are the same. `workers` layouts run at a time.
 
@@ -236,25 +256,22 @@ def _verified(
     if not layouts:
         return
     device = choose_device(max(world for world, _ in layouts)).type
-    samples = [fewest_samples(recipe, *layout) for layout in layouts]
-    references = {
-        few: Reference(
-            replace(recipe, data=replace(recipe.data, global_batch_size=few)),
-            folder / f"{few}_samples",
-            steps,
-            timeout=_SECONDS,
-            device=device,
-        )
-        for few in sorted(set(samples))
-    }
-    todo = list(zip(samples, layouts, strict=True))
-    if workers == 1:
-        yield from (_outcome(references[few], recipe, *layout) for few, layout in todo)
-        return
+    sizes: list[_Size] = []
+    references: dict[_Size, Reference] = {}
+    for layout in layouts:
+        small = smallest(recipe, *layout)
+        size = small.model.num_layers, small.data.global_batch_size
+        sizes.append(size)
+        if size not in references:
+            its_folder = folder / "{}_layers_{}_samples".format(*size)
+            references[size] = Reference(small, its_folder, steps, timeout=_SECONDS, device=device)
     # Forked here, a worker has imported everything, and has what the references computed.
     context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(workers, context, _begin_worker, (references,)) as pool:
-        waiting = [pool.submit(_outcome_of_worker, few, recipe, *layout) for few, layout in todo]
+    with ProcessPoolExecutor(workers, context, _begin_worker, (references, device)) as pool:
+        waiting = [
+            pool.submit(_outcome_of_worker, size, recipe, *layout)
+            for size, layout in zip(sizes, layouts, strict=True)
+        ]
         try:
             yield from (done.result() for done in as_completed(waiting))
         except BaseException:
@@ -264,21 +281,26 @@ def _verified(
             raise
 
 
-_of_worker: dict[int, Reference] = {}
-"""In a worker, the references by their samples: they are forked with it, not sent for a layout."""
+_Size = tuple[int, int]
+"""Layers, and samples a step."""
+_of_worker: dict[_Size, Reference] = {}
+"""In a worker, the references by their sizes: they are forked with it, not sent for a layout."""
 
 
-def _begin_worker(references: dict[int, Reference]) -> None:
+def _begin_worker(references: dict[_Size, Reference], device: str) -> None:
     end_with_parent()
     _of_worker.update(references)
+    if device == "cpu":
+        # Once here, and not in every rank of every layout.
+        cpu.enable()
     # Between two layouts a worker ends without a word: the process that forked it speaks.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: os._exit(128 + number))
 
 
-def _outcome_of_worker(samples: int, recipe: Recipe, world: int, layout: ParallelLayout) -> Outcome:
+def _outcome_of_worker(size: _Size, recipe: Recipe, world: int, layout: ParallelLayout) -> Outcome:
     try:
-        return _outcome(_of_worker[samples], recipe, world, layout)
+        return _outcome(_of_worker[size], recipe, world, layout)
     except (KeyboardInterrupt, SystemExit):
         # The pool would take it for what this layout came to, and give the worker the next.
         os._exit(1)

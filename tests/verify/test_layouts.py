@@ -17,7 +17,7 @@ import pytest
 from mcore_lab.cli import main
 from mcore_lab.layout import ParallelLayout
 from mcore_lab.verify.layouts import allowed_layouts, layouts_of
-from mcore_lab.verify.sweep import DENSE, MOE, Outcome, Sweep, fewest_samples, sweep
+from mcore_lab.verify.sweep import DENSE, MOE, Outcome, Sweep, fewest_samples, smallest, sweep
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 6, 8])
@@ -69,6 +69,16 @@ def test_a_layout_is_swept_on_as_few_samples_as_show_it_and_the_rules_allow():
             assert not layout.check(recipe.model, data, world)
 
 
+def test_the_small_models_have_two_layers_where_no_pipeline_splits_four():
+    base = ParallelLayout()
+    tp, pp = base.resized(tp=2), base.resized(pp=2)
+    assert [smallest(MOE, 2, layout).model.num_layers for layout in (base, tp, pp)] == [2, 2, 4]
+    # A depth that was asked for, and a recipe's own, are kept.
+    asked = replace(DENSE, model=replace(DENSE.model, num_layers=3))
+    own = replace(DENSE, name="tp2_gpt")
+    assert [smallest(one, 2, tp).model.num_layers for one in (asked, own)] == [3, 4]
+
+
 def test_a_sweep_verifies_every_layout_once_and_goes_on_where_it_was(tmp_path: Path):
     model = replace(DENSE.model, num_layers=1, num_attention_heads=1)
     recipe = replace(DENSE, model=model)
@@ -113,15 +123,15 @@ def test_the_options_of_a_recipe_hold_for_every_model_of_a_sweep(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     words = ["verify", "--sweep", "dense", "--world", "1", "--folder", str(tmp_path), "--json"]
-    assert main([*words, "--model.num-layers", "2", "--steps", "1"]) == 0
+    assert main([*words, "--model.num-layers", "3", "--steps", "1"]) == 0
     answer = json.loads(capsys.readouterr().out)
-    command = "mcore-lab verify --sweep dense --world 1 --steps 1 --model.num-layers 2"
+    command = "mcore-lab verify --sweep dense --world 1 --steps 1 --model.num-layers 3"
     assert answer["command"] == command
     assert answer["summary"]["dense"]["passed"] == 1
     comparisons = int(answer["outcomes"][0]["conclusion"].split()[-2])
     assert main([*words, "--steps", "1"]) == 0
-    of_four_layers = json.loads(capsys.readouterr().out)["outcomes"][0]["conclusion"]
-    assert comparisons < int(of_four_layers.split()[-2])
+    of_two_layers = json.loads(capsys.readouterr().out)["outcomes"][0]["conclusion"]
+    assert comparisons > int(of_two_layers.split()[-2])
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ Ring Attention, arXiv:2310.01889.
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -16,36 +18,65 @@ Pair = tuple[Tensor, Tensor]
 """Of keys and values, or of their gradients."""
 
 
-class Passing:
-    """A pair under way: this rank's to the next rank, the previous rank's to this one."""
+class Parcel:
+    """Tensors side by side in one piece of memory, which is one message.
 
-    def __init__(self, tensors: Pair, group: dist.ProcessGroup) -> None:
+    None may have a wider type than one before it, which would not be aligned.
+    """
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self._forms = [(x.dtype, x.shape, x.nbytes) for x in tensors]
+        self.memory = torch.cat([x.contiguous().view(torch.uint8).view(-1) for x in tensors])
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return them, as views of the memory."""
+        parts = self.memory.split([nbytes for _, _, nbytes in self._forms])
+        return tuple(
+            part.view(dtype).view(shape)
+            for part, (dtype, shape, _) in zip(parts, self._forms, strict=True)
+        )
+
+    def empty_like(self) -> Parcel:
+        """Return another for the same tensors, in memory of its own that holds nothing yet."""
+        other = copy(self)
+        other.memory = torch.empty_like(self.memory)
+        return other
+
+
+class Passing:
+    """A parcel under way: this rank's to the next rank, the previous rank's to this one."""
+
+    def __init__(self, parcel: Parcel, group: dist.ProcessGroup) -> None:
         rank, size = group.rank(), group.size()
         following, previous = (
             dist.get_global_rank(group, (rank + step) % size) for step in (1, -1)
         )
-        arriving_pair = torch.empty_like(tensors[0]), torch.empty_like(tensors[1])
         # Memory that is being sent has to stay as it is until it is sent.
-        self._pairs = [tensors, arriving_pair]
-        operations = []
-        for sent, arriving in zip(*self._pairs, strict=True):
-            operations.append(dist.P2POp(dist.isend, sent, following, group))
-            operations.append(dist.P2POp(dist.irecv, arriving, previous, group))
-        self._works = dist.batch_isend_irecv(operations)
+        self._parcels = [parcel, parcel.empty_like()]
+        leaving, arriving = (parcel.memory for parcel in self._parcels)
+        self._works = dist.batch_isend_irecv(
+            [
+                dist.P2POp(dist.isend, leaving, following, group),
+                dist.P2POp(dist.irecv, arriving, previous, group),
+            ]
+        )
 
-    def wait(self) -> Pair:
+    def wait(self) -> Parcel:
         """Wait for both ways; return what the previous rank sent."""
         for work in self._works:
             work.wait()
         self._works.clear()
-        arrived = self._pairs.pop()
-        self._pairs.clear()
+        arrived = self._parcels.pop()
+        self._parcels.clear()
         return arrived
 
 
-def _add(total: Pair, share: Pair) -> None:
-    for tensor, more in zip(total, share, strict=True):
-        tensor += more
+def _taken_in(arrived: Parcel, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Add the first tensors of a parcel to as many gradients, and return the others."""
+    tensors = arrived.tensors()
+    for total, share in zip(grads, tensors, strict=False):
+        total += share
+    return tensors[len(grads) :]
 
 
 class Ring:
@@ -53,7 +84,8 @@ class Ring:
 
     A rank holds its own block, which the backward pass needs, and at most two of others: one that
     it computes with and one that arrives. The backward pass goes round once more; the gradients of
-    a block travel with it, one step behind, and gather every rank's share until they are home.
+    a block travel one step behind it, beside the next block, and gather every rank's share until
+    they are home.
     Without a group there is one rank.
 
     A block may be the tokens of `together` neighbouring ranks, which have traded heads.
@@ -73,26 +105,31 @@ class Ring:
 
     def forward(self, attention: ForwardPass, key: Tensor, value: Tensor) -> None:
         """Show each block to this rank's queries as it comes by."""
-        block = key, value
+        block = Parcel(key, value)
         for step in range(self._size):
+            key, value = block.tensors()
             passing = self._pass_on(block) if step < self._size - 1 else None
-            attention.see(*block, self._tiles(step))
+            attention.see(key, value, self._tiles(step))
             if passing:
                 block = passing.wait()
 
     def backward(self, attention: BackwardPass, key: Tensor, value: Tensor) -> Pair:
-        """Show each block again, and send its gradients after it."""
-        block = key, value
-        grads: Passing | None = None
+        """Show each block again, and send its gradients after it, beside the next block."""
+        if self._size == 1:
+            return attention.see(key, value, self._tiles(0))
+        grads: tuple[Tensor, ...] = ()
         for step in range(self._size):
-            passing = self._pass_on(block) if step < self._size - 1 else None
-            added = attention.see(*block, self._tiles(step))
-            if grads:
-                _add(added, grads.wait())
-            grads = self._pass_on(added)
-            if passing:
-                block = passing.wait()
-        return grads.wait() if grads else added
+            is_last = step == self._size - 1
+            leaving = Parcel(*grads) if is_last else Parcel(*grads, key, value)
+            if not is_last:
+                # In the parcel they are a copy: the memory that they arrived in can go.
+                key, value = leaving.tensors()[-2:]
+            passing = self._pass_on(leaving)
+            added = attention.see(key, value, self._tiles(step))
+            key, value = _taken_in(passing.wait(), added if grads else ()) or (key, value)
+            grads = added
+        key_grad, value_grad = self._pass_on(Parcel(*grads)).wait().tensors()
+        return key_grad, value_grad
 
     def _tiles(self, step: int) -> list[Tile]:
         mine, theirs = (
@@ -101,5 +138,6 @@ class Ring:
         )
         return self._documents.tiles(mine, theirs, causal=self._causal)
 
-    def _pass_on(self, tensors: Pair) -> Passing | None:
-        return Passing(tensors, self._group) if self._group and self._size > 1 else None
+    def _pass_on(self, parcel: Parcel) -> Passing:
+        assert self._group is not None
+        return Passing(parcel, self._group)
