@@ -105,7 +105,7 @@ def test_what_cannot_be_overlapped_is_refused_before_anything_starts(
 
 @pytest.fixture(scope="module")
 def bf16(tmp_path_factory: pytest.TempPathFactory) -> OneRank:
-    recipe = changed(RECIPE, training={"precision": "bf16"})
+    recipe = changed(RECIPE, training={"precision": "bf16", "lr": 1e-2})
     return OneRank(recipe, tmp_path_factory.mktemp("bf16"))
 
 

@@ -9,11 +9,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 from mcore_lab.bench.stand import STARTED
 from mcore_lab.errors import RankFailedError
@@ -74,6 +73,8 @@ def measure(nprocs: Sequence[int], rounds: int) -> list[Launched]:
 
 def seconds_to_stand(way: str, nproc: int) -> float:
     """Start ranks in one way, and return how long it took until the last of them stood."""
+    from mcore_lab.runtime.signals import sigterm_raises
+
     with tempfile.TemporaryDirectory(prefix="mcore_lab-") as name:
         folder = Path(name)
         with (folder / _SAID).open("w") as said:
@@ -86,7 +87,7 @@ def seconds_to_stand(way: str, nproc: int) -> float:
                 start_new_session=True,
             )
             try:
-                with _ended_in_order():
+                with sigterm_raises():
                     status = process.wait(_LIMIT_SECONDS)
             finally:
                 _end(process)
@@ -106,20 +107,6 @@ def _command(way: str, nproc: int, folder: Path) -> list[str]:
 
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(nproc)]
     return [sys.executable, *torchrun, "--master-port", str(free_port()), *stand]
-
-
-@contextmanager
-def _ended_in_order() -> Iterator[None]:
-    """Have SIGTERM raise SystemExit: it would end this process alone, and leave the ranks."""
-
-    def stop(number: int, _: object) -> NoReturn:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -28,7 +28,6 @@ _MODULES = (
     "megatron.core.models.T5.t5_spec",
     "megatron.core.models.gpt.heterogeneous.heterogeneous_layer_specs",
     "megatron.core.models.vision.clip_vit_model",
-    "megatron.core.transformer.multi_token_prediction",
     "megatron.core.distributed",
     "megatron.core.optimizer",
     "megatron.core.optimizer_param_scheduler",

@@ -108,7 +108,7 @@ _SPECIAL = _DRAWS_ON_DEVICE | _METHODS.keys()
 
 
 class CudaOnCpu(TorchFunctionMode):
-    """Send every `device="cuda"` to the CPU; costs about 1.5 µs an operation.
+    """Send every `device="cuda"` to the CPU; costs a microsecond or two an operation.
 
     Modes are thread-local, and torch leaves them for the time of a backward pass: `enable()` sees
     to it that new threads and backward passes enter it too.

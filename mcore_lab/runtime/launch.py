@@ -134,7 +134,7 @@ def _config(nproc: int, method: str, port: int) -> LaunchConfig:
         rdzv_configs={"rank": 0, "timeout": _START_SECONDS},
         local_addr="127.0.0.1",
         max_restarts=0,
-        # Seconds until it is seen that all have ended; a shorter one costs 1 % of a core.
+        # Seconds between two looks at whether all have ended: every 20 ms would take 1 % of a core.
         monitor_interval=0.05,
         start_method=method,
         **without_torchs_handlers,

@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
+from typing import NoReturn
 
 from torch.distributed.elastic.multiprocessing import SignalException
 
@@ -56,6 +57,26 @@ def signals_reach_the_ranks() -> Iterator[None]:
         os.environ.pop(_CHOICE, None)
         if choice is not None:
             os.environ[_CHOICE] = choice
+
+
+@contextlib.contextmanager
+def sigterm_raises() -> Iterator[None]:
+    """Have SIGTERM raise SystemExit: it would end this process alone, and leave what it started.
+
+    In another thread than the main one nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, _: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def as_at_the_start_of_a_process() -> None:

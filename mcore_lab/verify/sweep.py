@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import importlib.metadata
 import json
@@ -11,6 +12,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,11 +20,12 @@ from typing import Any
 
 from mcore_lab import cpu
 from mcore_lab.config import Data, Model, Recipe, Training, recipe_to_toml
-from mcore_lab.errors import LabError, RunFolderError
+from mcore_lab.errors import LabError, RankFailedError, RunFolderError
 from mcore_lab.layout import ParallelLayout
 from mcore_lab.layout.words import in_words, sizes_in_use
 from mcore_lab.runtime import choose_device
 from mcore_lab.runtime.launch import end_with_parent
+from mcore_lab.runtime.signals import sigterm_raises
 from mcore_lab.verify import Reference
 from mcore_lab.verify.layouts import allowed_layouts
 from mcore_lab.verify.report import VerificationReport
@@ -48,7 +51,7 @@ _EXPERTS = {
     "moe_grouped_gemm": True,
     "moe_router_load_balancing_type": "none",
 }
-# As many as four stages, or two of two chunks each, have; and without a pipeline.
+# Four for four stages, or two of two chunks each; two without a pipeline.
 _LAYERS, _FEWEST_LAYERS = 4, 2
 _SHAPE: dict[str, Any] = {
     "num_layers": _LAYERS,
@@ -138,11 +141,10 @@ def smallest(recipe: Recipe, world_size: int, layout: ParallelLayout) -> Recipe:
     """Return the recipe with as little as shows a layout at work.
 
     Its samples a step are those of `fewest_samples`. Its layers are its own, but for the small
-    models of a sweep: two of them are as wrong as four would be, in half the time.
+    models of a sweep: an error shows in two of them as in four, in half the time.
     """
     model = recipe.model
-    is_small_model = recipe.name in (DENSE.name, MOE.name)
-    if is_small_model and model.num_layers == _LAYERS and layout.pp == 1:
+    if model in (DENSE.model, MOE.model) and layout.pp == 1:
         model = replace(model, num_layers=_FEWEST_LAYERS)
     samples = fewest_samples(recipe, world_size, layout)
     return replace(recipe, model=model, data=replace(recipe.data, global_batch_size=samples))
@@ -210,6 +212,7 @@ class _Kept:
         same = [
             recipe_to_toml(replace(recipe, layout=ParallelLayout())),
             str(steps),
+            str(_FEWEST_LAYERS),
             str(_versions()),
             str(Tolerances.of(recipe, steps)),
         ]
@@ -265,15 +268,23 @@ def _verified(
         if size not in references:
             its_folder = folder / "{}_layers_{}_samples".format(*size)
             references[size] = Reference(small, its_folder, steps, timeout=_SECONDS, device=device)
+    # Else a worker may find the stores of the references' launches to be garbage, and wait for
+    # their threads, which it does not have.
+    gc.collect()
     # Forked here, a worker has imported everything, and has what the references computed.
     context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(workers, context, _begin_worker, (references, device)) as pool:
+    pool = ProcessPoolExecutor(workers, context, _begin_worker, (references, device))
+    with sigterm_raises(), pool:
         waiting = [
             pool.submit(_outcome_of_worker, size, recipe, *layout)
             for size, layout in zip(sizes, layouts, strict=True)
         ]
         try:
             yield from (done.result() for done in as_completed(waiting))
+        except BrokenProcessPool:
+            raise RankFailedError(
+                "a worker of the sweep was killed; the same command goes on with what it was at"
+            ) from None
         except BaseException:
             # Else the pool would wait for all layouts that are queued.
             for worker in multiprocessing.active_children():
@@ -288,14 +299,14 @@ _of_worker: dict[_Size, Reference] = {}
 
 
 def _begin_worker(references: dict[_Size, Reference], device: str) -> None:
+    # Between two layouts a worker ends without a word: the process that forked it speaks.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: os._exit(128 + number))
     end_with_parent()
     _of_worker.update(references)
     if device == "cpu":
         # Once here, and not in every rank of every layout.
         cpu.enable()
-    # Between two layouts a worker ends without a word: the process that forked it speaks.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: os._exit(128 + number))
 
 
 def _outcome_of_worker(size: _Size, recipe: Recipe, world: int, layout: ParallelLayout) -> Outcome:

@@ -31,7 +31,7 @@ LLAMA = changed(
         },
     },
     # Norms that have been trained are told from one another.
-    training={"steps": 2},
+    training={"steps": 2, "lr": 1e-2},
 )
 MIXTRAL = changed(
     LLAMA,

@@ -19,7 +19,7 @@ from mcore_lab.errors import CheckpointError
 RECIPE = changed(
     SMALL,
     data={"micro_batch_size": 1},
-    training={"weight_decay": 0.1, "lr_decay_style": "cosine", "lr_decay_steps": 12},
+    training={"weight_decay": 1.0, "lr_decay_style": "cosine", "lr_decay_steps": 12},
 )
 EXPERTS = {
     "add_bias_linear": False,

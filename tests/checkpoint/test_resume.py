@@ -78,4 +78,4 @@ def test_bf16_takes_weights_of_fp32(tmp_path: Path) -> None:
     weights = changed(RECIPE, checkpoint={"load": str(tmp_path / "fp32")})
     fp32 = run(until(2, weights), 1, tmp_path / "one")
     bf16 = run(until(2, weights, training={"precision": "bf16"}), 1, tmp_path / "other")
-    assert losses(bf16) == pytest.approx(losses(fp32), rel=1e-2)
+    assert losses(bf16) == pytest.approx(losses(fp32), rel=2e-3)

@@ -30,7 +30,7 @@ LEARNT = changed(SMALL, training={"steps": 40, "lr": 2e-2})
 MIXTURE = changed(
     SMALL,
     model={"num_moe_experts": 4, "transformer": SMALL.model.transformer | EXPERTS},
-    training={"steps": 2},
+    training={"steps": 2, "lr": 1e-2},
 )
 PROMPTS = [list(b"abcd"), list(b"\nab"), [3]]
 GREEDY, DRAWN = Choice(temperature=0), Choice(temperature=3, top_k=50, top_p=0.95, seed=7)

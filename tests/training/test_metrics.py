@@ -27,7 +27,7 @@ FIELDS = {
 
 @pytest.fixture(scope="module")
 def metrics(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    training = {"lr_warmup_steps": 2}
+    training = {"lr_warmup_steps": 2, "lr": 1e-2}
     return run(changed(SMALL, training=training), 2, tmp_path_factory.mktemp("runs") / "run")
 
 
@@ -44,7 +44,7 @@ def test_the_first_loss_is_that_of_guessing_among_all_tokens(metrics: list[dict[
 def test_the_learning_rate_is_the_one_that_the_step_was_taken_with(
     metrics: list[dict[str, Any]],
 ) -> None:
-    assert [line["lr"] for line in metrics] == pytest.approx([0.0, 0.001, 0.002, 0.002])
+    assert [line["lr"] for line in metrics] == pytest.approx([0.0, 0.005, 0.01, 0.01])
     # A step that is taken with a rate of 0 changes nothing: the loss is that of other samples.
     assert metrics[1]["loss"] == pytest.approx(metrics[0]["loss"], abs=0.05)
 

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -73,10 +74,10 @@ def test_the_small_models_have_two_layers_where_no_pipeline_splits_four():
     base = ParallelLayout()
     tp, pp = base.resized(tp=2), base.resized(pp=2)
     assert [smallest(MOE, 2, layout).model.num_layers for layout in (base, tp, pp)] == [2, 2, 4]
-    # A depth that was asked for, and a recipe's own, are kept.
-    asked = replace(DENSE, model=replace(DENSE.model, num_layers=3))
-    own = replace(DENSE, name="tp2_gpt")
-    assert [smallest(one, 2, tp).model.num_layers for one in (asked, own)] == [3, 4]
+    # Any other model has the depth that it has: it may have a field for each layer.
+    for change in ({"num_layers": 3}, {"hidden_size": 64}):
+        other = replace(DENSE, model=replace(DENSE.model, **change))
+        assert smallest(other, 2, tp).model == other.model
 
 
 def test_a_sweep_verifies_every_layout_once_and_goes_on_where_it_was(tmp_path: Path):
@@ -162,13 +163,12 @@ def test_an_unfinished_line_of_a_sweep_that_was_killed_is_forgotten(tmp_path: Pa
     assert file.read_text() == whole
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, -15)])
-def test_an_interrupted_sweep_of_several_workers_ends_at_once_and_leaves_none(
-    tmp_path: Path, number: int, status: int
-):
+@contextlib.contextmanager
+def sweep_under_way(folder: Path, workers: int) -> Iterator[subprocess.Popen[str]]:
+    """Give a sweep that has verified its first layout; afterwards nothing of it is left."""
     words = [sys.executable, "-m", "mcore_lab", "verify", "--sweep", "dense", "--world", "2"]
     process = subprocess.Popen(
-        [*words, "--workers", "2", "--folder", str(tmp_path)],
+        [*words, "--workers", str(workers), "--folder", str(folder)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -180,14 +180,33 @@ def test_an_interrupted_sweep_of_several_workers_ends_at_once_and_leaves_none(
     try:
         assert process.stdout and process.stdout.readline().startswith("1/")
         family = psutil.Process(process.pid).children(recursive=True)
-        assert len(family) >= 2
-        # As a terminal does for Ctrl-C, and as `kill` does.
-        os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
-        _, said = process.communicate(timeout=30)
-        assert process.returncode == status
-        assert said == ("error: interrupted\n" if number == signal.SIGINT else "")
+        assert len(family) >= workers
+        yield process
         assert psutil.wait_procs(family, timeout=10)[1] == []
     finally:
         for one in [process, *family]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 one.kill()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_sweep_ends_at_once_and_leaves_no_worker(
+    tmp_path: Path, number: int, status: int, workers: int
+):
+    with sweep_under_way(tmp_path, workers) as process:
+        # As a terminal does for Ctrl-C, and as `kill` does.
+        os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+        _, said = process.communicate(timeout=30)
+        assert process.returncode == status
+        assert said == ("error: interrupted\n" if number == signal.SIGINT else "")
+
+
+def test_a_worker_that_is_killed_is_told_in_a_line(tmp_path: Path):
+    with sweep_under_way(tmp_path, 1) as process:
+        [worker] = psutil.Process(process.pid).children()
+        worker.kill()
+        _, said = process.communicate(timeout=30)
+        assert process.returncode == 1
+        assert said.startswith("error: a worker of the sweep was killed; the same command goes on")
+        assert said.count("\n") == 1

@@ -26,7 +26,7 @@ class Parcel:
 
     def __init__(self, *tensors: Tensor) -> None:
         self._forms = [(x.dtype, x.shape, x.nbytes) for x in tensors]
-        self.memory = torch.cat([x.contiguous().view(torch.uint8).view(-1) for x in tensors])
+        self.memory = torch.cat([x.contiguous().view(-1).view(torch.uint8) for x in tensors])
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Return them, as views of the memory."""
@@ -105,6 +105,9 @@ class Ring:
 
     def forward(self, attention: ForwardPass, key: Tensor, value: Tensor) -> None:
         """Show each block to this rank's queries as it comes by."""
+        if self._size == 1:
+            attention.see(key, value, self._tiles(0))
+            return
         block = Parcel(key, value)
         for step in range(self._size):
             key, value = block.tensors()
@@ -120,14 +123,14 @@ class Ring:
         grads: tuple[Tensor, ...] = ()
         for step in range(self._size):
             is_last = step == self._size - 1
-            leaving = Parcel(*grads) if is_last else Parcel(*grads, key, value)
+            parcel = Parcel(*grads) if is_last else Parcel(*grads, key, value)
             if not is_last:
-                # In the parcel they are a copy: the memory that they arrived in can go.
-                key, value = leaving.tensors()[-2:]
-            passing = self._pass_on(leaving)
-            added = attention.see(key, value, self._tiles(step))
-            key, value = _taken_in(passing.wait(), added if grads else ()) or (key, value)
-            grads = added
+                key, value = parcel.tensors()[-2:]
+            passing, sent = self._pass_on(parcel), len(grads)
+            # What is in the parcel is a copy: what it was made of can go.
+            del parcel, grads
+            grads = attention.see(key, value, self._tiles(step))
+            key, value = _taken_in(passing.wait(), grads[:sent]) or (key, value)
         key_grad, value_grad = self._pass_on(Parcel(*grads)).wait().tensors()
         return key_grad, value_grad
 
