@@ -129,7 +129,10 @@ def _return_what_is_freed() -> None:
     Else it takes the size of the largest that was freed for what it may keep.
     """
     mmap_threshold = -3
-    ctypes.CDLL(None).mallopt(mmap_threshold, 2**18)
+    libc = ctypes.CDLL(None)
+    libc.mallopt(mmap_threshold, 2**18)
+    # What the process that forked this one had freed would be taken first, and not be seen.
+    libc.malloc_trim(0)
 
 
 def _status(name: str) -> int:
