@@ -178,7 +178,8 @@ def sweep(
     What is found is kept in `folder`, a line a layout: a sweep that was interrupted goes on where
     it was, if recipe, versions and tolerances are the same. `workers` layouts run at a time.
 
-    Raises RunFolderError where `folder` cannot be written.
+    Raises RunFolderError where `folder` cannot be written, and RankFailedError if a worker is
+    killed.
     """
     outcomes: list[Outcome] = []
     refused: dict[str, int] = {}
