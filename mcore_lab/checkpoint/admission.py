@@ -7,16 +7,18 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from mcore_lab.checkpoint.contents import Contents, contents_of
 from mcore_lab.checkpoint.integrity import differences, require_same_files
 from mcore_lab.checkpoint.manifest import MANIFEST
-from mcore_lab.checkpoint.trust import read_metadata
-from mcore_lab.runtime.together import fail_together
+from mcore_lab.runtime.together import fail_together, on_any_rank
 
 _LOGGER = logging.getLogger(__name__)
 
 
-def admit(path: Path, *, verify: bool) -> None:
-    """Raise CheckpointError, on every rank, if the checkpoint at `path` is not to be loaded.
+def admit(path: Path, *, verify: bool) -> Contents:
+    """Return what the checkpoint at `path` holds.
+
+    Raises CheckpointError, on every rank, if it is not to be loaded.
 
     With `verify` the ranks share the hashing of its files; those of a checkpoint without a
     manifest, as Megatron-LM saves it, are taken as they are. Each rank looks itself at what the
@@ -25,7 +27,7 @@ def admit(path: Path, *, verify: bool) -> None:
     if verify:
         _require_whole(path)
     with fail_together():
-        read_metadata(path)
+        return contents_of(path)
 
 
 def _require_whole(path: Path) -> None:
@@ -35,6 +37,7 @@ def _require_whole(path: Path) -> None:
     found: list[str] = []
     with fail_together():
         found = differences(path, rank, ranks)
-    of_ranks: list[list[str]] = [[]] * ranks
-    dist.all_gather_object(of_ranks, found)
-    require_same_files(path, [line for one in of_ranks for line in one])
+    if on_any_rank(bool(found)):
+        of_ranks: list[list[str]] = [[]] * ranks
+        dist.all_gather_object(of_ranks, found)
+        require_same_files(path, [line for one in of_ranks for line in one])

@@ -22,14 +22,20 @@ _STACKED = re.compile(r"(.*\blayers)\.(?!\d)")
 _WRITER = re.compile(r"__(\d+)_\d+\.distcp")
 
 
+class Place(NamedTuple):
+    """Where the bytes of something are."""
+
+    file: str
+    position: int
+    length: int
+
+
 class Chunk(NamedTuple):
     """A part of a tensor, and where its bytes are."""
 
     offsets: tuple[int, ...]
     shape: tuple[int, ...]
-    file: str
-    position: int
-    length: int
+    place: Place
 
 
 @dataclass(frozen=True)
@@ -84,8 +90,21 @@ class StoredFile:
     """Parts of tensors, and other objects, that are in it."""
 
 
+class Contents(NamedTuple):
+    """What the shards of a checkpoint hold, by name."""
+
+    tensors: dict[str, Tensor]
+    objects: dict[str, Place]
+    """All that is no tensor, by Megatron-Core's `ShardedObject.unique_key`."""
+
+
 def tensors_of(folder: Path) -> dict[str, Tensor]:
     """Return the tensors of a checkpoint by name. Raises CheckpointError if it cannot be read."""
+    return contents_of(folder).tensors
+
+
+def contents_of(folder: Path) -> Contents:
+    """Return what a checkpoint holds. Raises CheckpointError if it cannot be read."""
     metadata = read_metadata(folder)
     tensors = {
         name: kind for name, kind in metadata.state_dict_metadata.items() if hasattr(kind, "size")
@@ -96,15 +115,19 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
         for chunk in kind.chunks
     }
     chunks = defaultdict(list)
-    for index, place in metadata.storage_data.items():
-        where = (index.fqn, tuple(getattr(index, "offset", None) or ()))
-        if where in shapes:
-            file = (place.relative_path, place.offset, place.length)
-            chunks[index.fqn].append(Chunk(where[1], shapes[where], *file))
-    return {
+    objects = {}
+    for index, stored in metadata.storage_data.items():
+        place = Place(stored.relative_path, stored.offset, stored.length)
+        offsets = tuple(getattr(index, "offset", None) or ())
+        if (index.fqn, offsets) in shapes:
+            chunks[index.fqn].append(Chunk(offsets, shapes[index.fqn, offsets], place))
+        elif index.fqn not in tensors:
+            objects[index.fqn] = place
+    whole = {
         name: Tensor(name, tuple(kind.size), _dtype(kind), tuple(chunks[name]))
         for name, kind in tensors.items()
     }
+    return Contents(whole, objects)
 
 
 def stored_files(folder: Path) -> list[StoredFile]:

@@ -9,26 +9,28 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from mcore_lab.checkpoint.admission import admit
+from mcore_lab.checkpoint.contents import Contents
 from mcore_lab.checkpoint.failures import failures_explained
 from mcore_lab.checkpoint.optimizer_state import give_state, put_optimizer, wanted_tensors
 from mcore_lab.checkpoint.random_state import (
     KEY,
     has_own_states,
-    random_state,
     set_random_state,
+    wanted_random_state,
 )
-from mcore_lab.checkpoint.state import (
-    Progress,
-    model_keys,
-    model_state,
-    optimizer_state,
-)
+from mcore_lab.checkpoint.read import Shards
+from mcore_lab.checkpoint.state import Progress, model_keys, model_state, optimizer_state
 from mcore_lab.checkpoint.trust import require_harmless, weights_only
 from mcore_lab.errors import CheckpointError
 from mcore_lab.runtime.together import fail_together
@@ -36,6 +38,8 @@ from mcore_lab.runtime.wrappers import unwrapped
 
 Shape = tuple[int, ...]
 _SHOWN = 3
+_COMMON = "common_state/shard_0_1"
+"""The object that is common to all ranks; before Megatron-Core 0.17 it has a file, `common.pt`."""
 _OPTIMIZER = "optimizer."
 _OWN = "own optimizer"
 """Where what is read for the optimizer goes: what the checkpoint has beside may be of another."""
@@ -54,11 +58,7 @@ def load_weights(
     against its manifest. Raises CheckpointError, on every rank, if it cannot be read or is of
     another model.
     """
-    admit(path, verify=verify)
-    _put_weights(chunks, _read(path, _tensors_together(path), model_state(chunks)))
-    if optimizer is not None:
-        # Under bf16 it made its own copies of the weights before these were loaded.
-        optimizer.reload_model_params()
+    _load_weights(path, admit(path, verify=verify), chunks, optimizer)
 
 
 def load_checkpoint(
@@ -75,22 +75,20 @@ def load_checkpoint(
     files are first held against its manifest. Raises CheckpointError, on every rank, if it cannot
     be read or is of another model.
     """
-    admit(path, verify=verify)
+    contents = admit(path, verify=verify)
     with fail_together():
-        common = common_state(path)
+        common = common_state(path, contents)
         progress = progress_in(path, common)
     if progress.step == 0:
-        load_weights(path, chunks, optimizer, verify=False)
+        _load_weights(path, contents, chunks, optimizer)
         return progress
     give_state(optimizer)
-    wanted, there = model_state(chunks), _tensors_together(path)
+    wanted = model_state(chunks)
     own = optimizer_state(optimizer, chunks, wanted, is_loading=True)
-    wanted[_OWN], weights = wanted_tensors(optimizer, own, there)
+    wanted[_OWN] = wanted_tensors(optimizer, own, contents.tensors)
     if has_own_states(common.get("rank_sizes")):
-        wanted[KEY] = random_state()
-    state = _read(path, there, wanted)
-    if weights:
-        state[_OWN] |= _load(path, {_OWN: weights})[_OWN]
+        wanted[KEY] = wanted_random_state()
+    state = _read(path, contents, wanted)
     _put_weights(chunks, state)
     put_optimizer(optimizer, own, state[_OWN], state["optimizer"])
     scheduler.load_state_dict(state["opt_param_scheduler"])
@@ -99,10 +97,14 @@ def load_checkpoint(
     return progress
 
 
-def common_state(path: Path) -> dict[str, Any]:
+def common_state(path: Path, contents: Contents) -> dict[str, Any]:
     """Return what all ranks have alike. Raises CheckpointError."""
     with failures_explained("read", path), weights_only():
-        common: dict[str, Any] = dist_checkpointing.load_common_state_dict(str(path))
+        if _COMMON in contents.objects:
+            with Shards(path) as shards:
+                common: dict[str, Any] = _own(shards.object(contents.objects[_COMMON]))
+        else:
+            common = dist_checkpointing.load_common_state_dict(str(path))
     return common
 
 
@@ -116,13 +118,6 @@ def progress_in(path: Path, common: dict[str, Any]) -> Progress:
                 "--checkpoint.load to begin with its weights alone"
             )
     return Progress(*(int(common[name]) for name in names))
-
-
-def tensors_in(path: Path) -> dict[str, ShardedTensor]:
-    """Return the whole tensors' names and shapes. Raises CheckpointError."""
-    with failures_explained("read", path):
-        there: dict[str, ShardedTensor] = dist_checkpointing.load_tensors_metadata(str(path))
-    return there
 
 
 def shapes_of_all_ranks(state: dict[str, Any]) -> dict[str, Shape]:
@@ -145,6 +140,18 @@ def _sharded(values: Iterable[Any]) -> Iterator[ShardedTensor]:
             yield value
 
 
+def _load_weights(
+    path: Path,
+    contents: Contents,
+    chunks: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer | None,
+) -> None:
+    _put_weights(chunks, _read(path, contents, model_state(chunks)))
+    if optimizer is not None:
+        # Under bf16 it made its own copies of the weights before these were loaded.
+        optimizer.reload_model_params()
+
+
 def _put_weights(chunks: Sequence[torch.nn.Module], state: dict[str, Any]) -> None:
     with fail_together():
         for key in model_keys(chunks):
@@ -160,27 +167,53 @@ def _require_harmless_extras(state: dict[str, Any]) -> None:
             require_harmless(name, value.cpu().numpy().tobytes())
 
 
-def _tensors_together(path: Path) -> dict[str, ShardedTensor]:
-    with fail_together():
-        return tensors_in(path)
+def _read(path: Path, contents: Contents, wanted: dict[str, Any]) -> dict[str, Any]:
+    """Return what is wanted of a checkpoint in the place of its sharded tensors and objects."""
+    _require_same_model(path, contents, wanted)
+    with fail_together(), failures_explained("read", path), weights_only(), Shards(path) as shards:
+        # That each part is some rank's own was seen to when it was saved; here it only costs time.
+        state: dict[str, Any] = dist_checkpointing.load(
+            wanted, str(path), _FromShards(shards, contents), validate_access_integrity=False
+        )
+    return state
 
 
-def _read(path: Path, there: dict[str, ShardedTensor], wanted: dict[str, Any]) -> dict[str, Any]:
-    _require_same_model(path, there, wanted)
-    return _load(path, wanted)
+class _FromShards(TorchDistLoadShardedStrategy):
+    """Lets each rank read its own parts itself: see `read`."""
+
+    def __init__(self, shards: Shards, contents: Contents) -> None:
+        super().__init__()
+        # Megatron-Core 0.19 leaves quantized tensors to a strategy that has this.
+        self.stream_ckpt_dequant = False
+        self._shards, self._contents = shards, contents
+
+    def load(self, sharded_state_dict: dict[str, Any], *_: Any) -> dict[str, Any]:
+        """Return the state with tensors and objects in the place of what stood for them."""
+        state: dict[str, Any] = dict_list_map_outplace(self._read, sharded_state_dict)
+        return state
+
+    def _read(self, part: ShardedTensor | ShardedObject) -> Any:
+        if isinstance(part, ShardedObject):
+            return _own(self._shards.object(self._contents.objects[part.unique_key]))
+        part.init_data("cpu")
+        region = part.data.detach()
+        self._shards.fill(
+            region[(None,) * part.prepend_axis_num],
+            self._contents.tensors[part.key],
+            part.global_offset,
+        )
+        return region
 
 
-def _load(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
-    with failures_explained("read", path), weights_only():
-        return dist_checkpointing.load(wanted, str(path))
+def _own(objects: list[Any]) -> Any:
+    """Return an object of a rank, of which Megatron-Core saves a list, as of a tensor's parts."""
+    return objects[0]
 
 
-def _require_same_model(
-    path: Path, there: dict[str, ShardedTensor], wanted: dict[str, Any]
-) -> None:
+def _require_same_model(path: Path, contents: Contents, wanted: dict[str, Any]) -> None:
     """Compare names and global shapes, of all ranks, before anything is read into the model."""
-    shapes = shapes_of_all_ranks(wanted)
-    off = list(_differences(shapes, _shapes(there.values())))
+    there = {name: tensor.shape for name, tensor in contents.tensors.items()}
+    off = list(_differences(shapes_of_all_ranks(wanted), there))
     if off:
         more = f" (and {len(off) - _SHOWN} more)" if len(off) > _SHOWN else ""
         raise CheckpointError(

@@ -49,28 +49,25 @@ def _give_momentum(sgd: torch.optim.Optimizer, _: Any = None) -> None:
 
 def wanted_tensors(
     optimizer: MegatronOptimizer, own: dict[Any, Any], there: Iterable[str]
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> dict[str, Any]:
     """Return what is to be read for an optimizer's own sharded state, by its place in that tree.
 
     `there` has the names of the checkpoint's tensors. Main weights have one name in the distributed
-    optimizer and another in others, which in fp32 have none: the model's weights are the same. They
-    come second, to be read after the model's, as no tensor can be read twice at once.
+    optimizer and another in others, which in fp32 have none: the model's weights are the same.
     """
     wanted = {str(place): value for place, (_, _, value) in enumerate(_sharded(own))}
     written = next(
         (name for name in _MAIN_WEIGHT if any(key.startswith(name) for key in there)), ""
     )
     if not written and optimizer.config.bf16:
-        return wanted, {}
+        return wanted
     main = {
         place: replace(value, key=written + value.key.removeprefix(name))
         for place, value in wanted.items()
         for name in _MAIN_WEIGHT
         if value.key.startswith(name)
     }
-    if written:
-        return wanted | main, {}
-    return {place: wanted[place] for place in wanted.keys() - main.keys()}, main
+    return wanted | main
 
 
 def put_optimizer(

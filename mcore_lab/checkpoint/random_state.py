@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import random
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,9 +28,14 @@ def random_state() -> ShardedObject:
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     states: list[Any] = [None] * group.size()
     dist.all_gather_object(states, _own_state(), group=group)
+    return replace(wanted_random_state(), data=states)
+
+
+def wanted_random_state() -> ShardedObject:
+    """Return what stands for the states where they are to be read."""
     return ShardedObject(
         KEY,
-        states,
+        None,
         (
             parallel_state.get_pipeline_model_parallel_world_size(),
             parallel_state.get_tensor_model_parallel_world_size(),
@@ -38,7 +44,7 @@ def random_state() -> ShardedObject:
             parallel_state.get_pipeline_model_parallel_rank(),
             parallel_state.get_tensor_model_parallel_rank(),
         ),
-        replica_id=group.rank(),
+        replica_id=parallel_state.get_data_parallel_rank(with_context_parallel=True),
     )
 
 

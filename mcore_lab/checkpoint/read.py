@@ -1,16 +1,40 @@
-"""Tensors of a checkpoint, put together of the parts that ranks have written, without any rank."""
+"""Tensors of a checkpoint, put together of the parts that ranks have written.
+
+Any rank, or none, reads what it needs by itself. Torch's own reader (`FileSystemReader`, through
+2.13) has every tensor taken apart by an unpickler in Python, and Megatron-Core (before 0.17) first
+has the ranks agree on who reads what, though each reads its own: for a small checkpoint, that is
+most of the time that it takes to load it.
+"""
 
 from __future__ import annotations
 
 import io
-import math
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
 
 import torch
 
-from mcore_lab.checkpoint.contents import Chunk, Tensor
+from mcore_lab.checkpoint.contents import Chunk, Place, Tensor
 from mcore_lab.checkpoint.failures import failures_explained
+from mcore_lab.checkpoint.trust import makings_of_tensor, plain_value
 from mcore_lab.errors import CheckpointError
+
+_DTYPES = {
+    "FloatStorage": torch.float32,
+    "BFloat16Storage": torch.bfloat16,
+    "HalfStorage": torch.float16,
+    "DoubleStorage": torch.float64,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+"""By the names that torch.save gives them."""
+_BYTE_ORDER = "byteorder"
 
 
 def read(folder: Path, tensor: Tensor, index: tuple[int, ...] = ()) -> torch.Tensor:
@@ -20,33 +44,119 @@ def read(folder: Path, tensor: Tensor, index: tuple[int, ...] = ()) -> torch.Ten
     if it cannot be read, or if parts of it are missing.
     """
     shape = tensor.shape[len(index) :]
-    parts = [chunk for chunk in tensor.chunks if _holds(chunk, index)]
-    there = sum(math.prod(chunk.shape[len(index) :]) for chunk in parts)
-    if there != math.prod(shape):
-        raise CheckpointError(
-            f"cannot read the checkpoint {folder}: it holds {there:,} numbers of "
-            f"{tensor.name}{list(index) or ''} in place of {math.prod(shape):,}"
-        )
-    with failures_explained("read", folder):
-        if len(parts) == 1:
-            return _stored(folder, parts[0], index)
+    with failures_explained("read", folder), Shards(folder) as shards:
+        if len(tensor.chunks) == 1 and tensor.chunks[0].shape == tensor.shape:
+            return shards.part(tensor.chunks[0])[index]
         whole = torch.empty(shape, dtype=getattr(torch, tensor.dtype))
-        for chunk in parts:
-            part = _stored(folder, chunk, index)
-            sides = zip(chunk.offsets[len(index) :], part.shape, strict=True)
-            whole[tuple(slice(start, start + size) for start, size in sides)] = part
+        shards.fill(whole[(None,) * len(index)], tensor, (*index, *(0 for _ in shape)))
         return whole
 
 
-def _holds(chunk: Chunk, index: tuple[int, ...]) -> bool:
-    sides = zip(index, chunk.offsets, chunk.shape, strict=False)
-    return all(start <= number < start + size for number, start, size in sides)
+class Shards:
+    """The shards of a checkpoint, of which each file is opened once.
+
+    What is wrong with them is raised in whatever kind torch raises it: see `failures_explained`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files: dict[str, BinaryIO] = {}
+        self._to_close = ExitStack()
+
+    def __enter__(self) -> Shards:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        """Close what has been opened."""
+        self._to_close.close()
+
+    def fill(self, region: torch.Tensor, tensor: Tensor, start: Sequence[int]) -> None:
+        """Put into `region` what the tensor has from `start` on, in the precision of `region`.
+
+        Raises CheckpointError if parts of that are missing.
+        """
+        filled = 0
+        for chunk in tensor.chunks:
+            if common := _common(chunk, start, region.shape):
+                here, there = common
+                part = self.part(chunk)[there]
+                region[here].copy_(part)
+                filled += part.numel()
+        if filled != region.numel():
+            where = f" from {[*start]} on" if any(start) else ""
+            raise CheckpointError(
+                f"cannot read the checkpoint {self._folder}: it holds {filled:,} numbers of "
+                f"{tensor.name}{where} in place of {region.numel():,}"
+            )
+
+    def part(self, chunk: Chunk) -> torch.Tensor:
+        """Return a part of a tensor as it was written."""
+        stored = self._bytes(chunk.place)
+        part = _plain_tensor(stored)
+        if part is None:
+            part = _loaded(stored)
+        if part.shape != chunk.shape:
+            raise CheckpointError(
+                f"cannot read the checkpoint {self._folder}: {chunk.place.file} has a tensor of "
+                f"{[*part.shape]} in place of one of {[*chunk.shape]}"
+            )
+        return part
+
+    def object(self, place: Place) -> Any:
+        """Return what is no tensor, if it is made of tensors and plain values."""
+        stored = self._bytes(place)
+        # Most objects are the extra state of a layer that has none: not worth torch's unpickler.
+        value = plain_value(_pickled(_opened(stored)))
+        return _loaded(stored) if value is None else value[0]
+
+    def _bytes(self, place: Place) -> bytes:
+        file = self._files.get(place.file)
+        if file is None:
+            file = self._to_close.enter_context((self._folder / place.file).open("rb"))
+            self._files[place.file] = file
+        file.seek(place.position)
+        return file.read(place.length)
 
 
-def _stored(folder: Path, chunk: Chunk, index: tuple[int, ...]) -> torch.Tensor:
-    with (folder / chunk.file).open("rb") as file:
-        file.seek(chunk.position)
-        stored = io.BytesIO(file.read(chunk.length))
-    part: torch.Tensor = torch.load(stored, map_location="cpu", weights_only=True)
-    within = zip(index, chunk.offsets, strict=False)
-    return part[tuple(number - start for number, start in within)]
+def _common(
+    chunk: Chunk, start: Sequence[int], shape: Sequence[int]
+) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
+    """Return what a region and a chunk of a tensor have in common, in the one and in the other."""
+    here, there = [], []
+    for first, size, offset, length in zip(start, shape, chunk.offsets, chunk.shape, strict=True):
+        low, high = max(first, offset), min(first + size, offset + length)
+        if low >= high:
+            return None
+        here.append(slice(low - first, high - first))
+        there.append(slice(low - offset, high - offset))
+    return tuple(here), tuple(there)
+
+
+def _loaded(stored: bytes) -> Any:
+    return torch.load(io.BytesIO(stored), map_location="cpu", weights_only=True)
+
+
+def _opened(stored: bytes) -> torch._C.PyTorchFileReader:
+    return torch._C.PyTorchFileReader(io.BytesIO(stored))
+
+
+def _pickled(file: torch._C.PyTorchFileReader) -> bytes:
+    pickled: bytes = file.get_record("data.pkl")
+    return pickled
+
+
+def _plain_tensor(stored: bytes) -> torch.Tensor | None:
+    """Return a tensor as torch.load does, or None if it is not of the plainest kind."""
+    file = _opened(stored)
+    makings = makings_of_tensor(_pickled(file))
+    if makings is None or makings.storage not in _DTYPES:
+        return None
+    if _BYTE_ORDER not in file.get_all_records():
+        return None  # Written before torch 2.1.
+    if file.get_record(_BYTE_ORDER).decode() != sys.byteorder:
+        return None
+    dtype = _DTYPES[makings.storage]
+    numbers = file.get_storage_from_record(f"data/{makings.key}", makings.numel, dtype)
+    storage = numbers.untyped_storage()
+    return torch.empty(0, dtype=dtype).set_(storage, makings.offset, makings.shape, makings.stride)

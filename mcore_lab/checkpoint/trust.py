@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, NamedTuple
 
 from mcore_lab.errors import CheckpointError
 
@@ -108,6 +108,64 @@ class _ExtraStateUnpickler(_Unpickler):
         if _EXTRA_STATE.fullmatch(f"{module}.{name}"):
             return type(name, (Record,), {})
         return super().find_class(module, name)
+
+
+class Makings(NamedTuple):
+    """What torch.save writes of a plain tensor, beside its numbers."""
+
+    storage: str
+    """The class of torch's that has numbers of its dtype."""
+    key: str
+    """Of the record that has the numbers."""
+    numel: int
+    """How many there are."""
+    offset: int
+    """The tensor's first among them."""
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+class _TensorUnpickler(_Unpickler):
+    """Unpickles a tensor into tuples; all other that torch.save writes is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and name.endswith("Storage"):
+            return name
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return lambda *made_of: made_of
+        return super().find_class(module, name)
+
+    def persistent_load(self, pid: Any) -> Any:
+        return pid
+
+
+def makings_of_tensor(pickled: bytes) -> Makings | None:
+    """Return what a tensor that torch.save has pickled is made of, or None if it is no plain one.
+
+    Runs nothing, whatever the pickle wants.
+    """
+    try:
+        storage, offset, shape, stride, _, _ = _TensorUnpickler(io.BytesIO(pickled)).load()
+        kind, name, key, _, numel = storage
+    # Whatever else it is; torch's own unpickler tells what is wrong with it, if anything is.
+    except Exception:
+        return None
+    return Makings(name, key, numel, offset, shape, stride) if kind == "storage" else None
+
+
+class _ValueUnpickler(_Unpickler):
+    """Unpickles plain values; whatever a pickle names is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise CheckpointError(refusal(f"{module}.{name}"))
+
+
+def plain_value(pickled: bytes) -> tuple[Any] | None:
+    """Return, in a tuple, what has been pickled, or None if it is not of plain values alone."""
+    try:
+        return (_ValueUnpickler(io.BytesIO(pickled)).load(),)
+    except Exception:
+        return None
 
 
 def refusal(wanted: str) -> str:

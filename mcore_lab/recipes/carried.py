@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mcore_lab import cpu
-from mcore_lab.checkpoint.trust import read_metadata
+from mcore_lab.checkpoint.contents import contents_of, tensors_of
 from mcore_lab.config import Recipe, recipe_from_toml
 from mcore_lab.errors import CheckpointError, ConfigError
 from mcore_lab.recipes.files import is_file, recipe_at
@@ -28,11 +28,11 @@ def recipe_if_in(source: Path) -> Recipe | None:
 
     Raises CheckpointError if it cannot be read.
     """
-    read_metadata(source)
+    contents = contents_of(source)
     cpu.preload()
     from mcore_lab.checkpoint.load import common_state
 
-    toml = common_state(source).get("recipe")
+    toml = common_state(source, contents).get("recipe")
     if toml is None:
         return None
     with tempfile.TemporaryDirectory(prefix="mcore_lab-") as folder:
@@ -64,10 +64,7 @@ def with_named_module(recipe: Recipe, source: Path, module: str | None) -> Recip
 
 def embedding_rows(source: Path) -> int:
     """Return how many rows the word embedding of the checkpoint has. Raises CheckpointError."""
-    cpu.preload()
-    from mcore_lab.checkpoint.load import tensors_in
-
-    embedding = tensors_in(source).get(_WORD_EMBEDDING)
+    embedding = tensors_of(source).get(_WORD_EMBEDDING)
     if embedding is None:
         raise CheckpointError(f"the checkpoint {source} is of no GPT: it has no {_WORD_EMBEDDING}")
-    return int(embedding.global_shape[0])
+    return embedding.shape[0]

@@ -12,7 +12,7 @@ from typing import Any
 
 from mcore_lab import cpu
 from mcore_lab.checkpoint import step_folder
-from mcore_lab.checkpoint.trust import read_metadata
+from mcore_lab.checkpoint.contents import contents_of
 from mcore_lab.config import Recipe, recipe_to_toml
 from mcore_lab.errors import CheckpointError
 from mcore_lab.recipes.carried import embedding_rows
@@ -28,11 +28,11 @@ def reshard(source: Path, target: Path, recipe: Recipe, nproc: int) -> Path:
     CheckpointError if the checkpoint cannot be read, is of another model, or cannot be written.
     """
     recipe.layout.require(recipe.model, recipe.data, nproc)
-    read_metadata(source)
+    contents = contents_of(source)
     cpu.preload()
     from mcore_lab.checkpoint.load import common_state, progress_in
 
-    progress = progress_in(source, common_state(source))
+    progress = progress_in(source, common_state(source, contents))
     written = step_folder(target, progress.step)
     if written.exists():
         raise CheckpointError(f"there is a checkpoint at {written} already")

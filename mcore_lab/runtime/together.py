@@ -23,7 +23,7 @@ def fail_together() -> Iterator[None]:
         yield
     except LabError as raised:
         error = raised
-    if not _on_any_rank(error is not None):
+    if not on_any_rank(error is not None):
         return
     errors = [error]
     if dist.is_initialized():
@@ -33,7 +33,7 @@ def fail_together() -> Iterator[None]:
         raise first
 
 
-def _on_any_rank(flag: bool) -> bool:
+def on_any_rank(flag: bool) -> bool:
     """Say whether the flag is set on a rank: one collective of a byte, where objects take two."""
     if not dist.is_initialized():
         return flag
