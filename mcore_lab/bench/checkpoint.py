@@ -98,7 +98,8 @@ class _SavingRecorder(Recorder):
 
         def saving(save: Callable[..., Any], step: int, **kwargs: Any) -> Any:
             folder = step_folder(where[0], step)
-            return partial(save, folder, *run, Progress(step, step), self.toml, keep=1, **kwargs)
+            kwargs |= {"keep": 1, "is_first": step == 1}
+            return partial(save, folder, *run, Progress(step, step), self.toml, **kwargs)
 
         for step in range(1, 2 * self.rounds + 2, 2):
             took["save"].append(_seconds(saving(save_checkpoint, step)))

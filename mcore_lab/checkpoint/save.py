@@ -46,15 +46,17 @@ def save_checkpoint(
     recipe: str,
     *,
     keep: int | None = None,
+    is_first: bool = True,
 ) -> Path:
     """Save the `full_state` of a run to `folder`, and return it; every rank calls this.
 
     The folder appears when it is whole, and is then the latest; then all but `keep` checkpoints
-    beside it are removed. Raises CheckpointError, on every rank, where it cannot be written, and
-    leaves nothing of it.
+    beside it are removed. Of the first checkpoint that a run saves, it is checked that the parts of
+    the ranks make up whole tensors: they do so in all, or in none. Raises CheckpointError, on every
+    rank, where it cannot be written, and leaves nothing of it.
     """
-    begun = begin_save(folder, chunks, optimizer, scheduler, progress, recipe, keep=keep)
-    return begun.finish()
+    run = (chunks, optimizer, scheduler)
+    return begin_save(folder, *run, progress, recipe, keep=keep, is_first=is_first).finish()
 
 
 def begin_save(
@@ -66,6 +68,7 @@ def begin_save(
     recipe: str,
     *,
     keep: int | None = None,
+    is_first: bool = True,
     copies: Copies | None = None,
 ) -> Save:
     """Begin a `save_checkpoint`; what it returns ends it. Every rank calls this.
@@ -81,7 +84,7 @@ def begin_save(
             publication.make_room(unfinished, size)
     with _removed_on_failure(unfinished):
         with _same_reason_on_every_rank(), failures_explained("write", folder):
-            planned = plan(state, unfinished, content_metadata(chunks))
+            planned = plan(state, unfinished, content_metadata(chunks), check=is_first)
         with fail_together(), failures_explained("write", folder):
             buckets = buckets_of(planned, copies)
     write = partial(write_shards, planned, buckets)

@@ -36,6 +36,7 @@ class Saver:
         self._run, self._recipe, self._keep = run, recipe, keep
         self._saved, self._not_saved = saved, not_saved
         self._copies = Copies() if in_background else None
+        self._is_first = True
         self._on_its_way: Save | None = None
         self._can_miss = False
 
@@ -56,8 +57,10 @@ class Saver:
                 progress,
                 self._recipe,
                 keep=self._keep,
+                is_first=self._is_first,
                 copies=self._copies,
             )
+            self._is_first = False
         except CheckpointError as error:
             self._miss(error)
         if not self._copies:

@@ -35,6 +35,8 @@ _WRITE_ITEM: Any = filesystem._write_item
 """torch's own, which Megatron-Core's writers call too; its arguments differ between versions."""
 _MOST_THREADS = 2
 """Writers of a rank, each with a file of its own; Megatron-Core's default before 0.19."""
+_SMALL_BYTES = 2**16
+"""Pieces of up to so many are gathered: a small tensor comes in 39, most of them of a few bytes."""
 
 
 class Plan(TorchDistSaveShardedStrategy):
@@ -59,9 +61,12 @@ class Written(NamedTuple):
     files: dict[str, FileRecord]
 
 
-def plan(state: dict[str, Any], folder: Path, content_metadata: dict[str, Any]) -> Plan:
+def plan(
+    state: dict[str, Any], folder: Path, content_metadata: dict[str, Any], *, check: bool
+) -> Plan:
     """Let the ranks agree on who writes what of `state`; every rank calls this.
 
+    With `check`, Megatron-Core raises an error if parts of a tensor are no rank's, or of several.
     Before Megatron-Core 0.17 `common.pt` is written on the way, by rank 0.
     """
     # Planning makes a queue for results, by default in a process that imports everything anew.
@@ -73,6 +78,7 @@ def plan(state: dict[str, Any], folder: Path, content_metadata: dict[str, Any]) 
             str(folder),
             planned,
             async_sharded_save=True,
+            validate_access_integrity=check,
             content_metadata=content_metadata,
             **compat.own_async_save(),
         )
@@ -133,26 +139,47 @@ class _Hashed(io.RawIOBase):
 
     def __init__(self, file: io.BufferedWriter) -> None:
         self._file = file
+        self._small = bytearray()
         self._failure: OSError | None = None
         self.hash = hashlib.sha256()
         self.size = 0
 
     def write(self, data: Any) -> int:
         size = memoryview(data).nbytes
-        self.hash.update(data)
         self.size += size
-        try:
-            if not self._failure:
-                self._file.write(data)
-        except OSError as error:
-            # Without its traceback, whose frames would keep `data`: memory that the writer frees.
-            self._failure = OSError(error.errno, error.strerror)
+        if size > _SMALL_BYTES:
+            self._write_small()
+            self._write(data)
+        else:
+            self._small += data
+            if len(self._small) > _SMALL_BYTES:
+                self._write_small()
         return size
 
     def check(self) -> None:
         """Raise what has kept the file from being written."""
         if self._failure:
             raise self._failure
+
+    def finish(self) -> None:
+        """Write what is left, and see that all is on disk."""
+        self._write_small()
+        self.check()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _write_small(self) -> None:
+        self._write(self._small)
+        self._small = bytearray()
+
+    def _write(self, data: Any) -> None:
+        self.hash.update(data)
+        try:
+            if not self._failure:
+                self._file.write(data)
+        except OSError as error:
+            # Without its traceback, whose frames would keep `data`: memory that the writer frees.
+            self._failure = OSError(error.errno, error.strerror)
 
     def tell(self) -> int:
         return self.size
@@ -169,8 +196,7 @@ def _write_shard(transforms: list[Any], bucket: Any) -> tuple[_Hashed, list[Writ
         for item, data in (*objects, *tensors):
             items.append(_WRITE_ITEM(*transforms, stream, data, item, name, **_serialization()))
             stream.check()
-        file.flush()
-        os.fsync(file.fileno())
+        stream.finish()
     return stream, items
 
 

@@ -11,13 +11,14 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from disks import small_disk
 from small_runs import SMALL, changed, losses, run
 
 from mcore_lab.config import Recipe, RunArguments
 from mcore_lab.errors import CheckpointError, RankFailedError
 from mcore_lab.recipes.start import run_rank
-from mcore_lab.runtime import launch
+from mcore_lab.runtime import launch, process_group
 
 TP2 = {"tensor_model_parallel_size": 2}
 SHARD_BYTES = 65536
@@ -118,6 +119,42 @@ def test_a_save_that_is_killed_is_not_taken_for_a_checkpoint(tmp_path: Path, ran
     assert [line["step"] for line in metrics] == [1, 2, 3, 4, 5, 6]
     assert losses(metrics) == pytest.approx(losses(whole), rel=1e-6)
     assert steps_saved(tmp_path / "run") == ["step-00000002", "step-00000004", "step-00000006"]
+
+
+# What is no whole.
+
+
+def test_of_a_first_save_it_is_checked_that_ranks_hold_each_part_once(tmp_path: Path) -> None:
+    from mcore_lab.checkpoint.write import plan
+
+    def both_hold_the_first_half() -> None:
+        from megatron.core.dist_checkpointing import ShardedTensor
+
+        with process_group():
+            half = ShardedTensor.from_rank_offsets("weight", torch.ones(2), (0, 0, 2))
+            plan({"weight": half}, tmp_path, {}, check=True)
+
+    with pytest.raises(RankFailedError, match="Invalid access pattern for ShardedTensor"):
+        launch(both_hold_the_first_half, 2, timeout=60)
+
+
+def test_a_run_checks_its_first_save_alone(tmp_path: Path) -> None:
+    """The parts are the same in all of them, and to check is a seventh of a small save."""
+
+    def counted() -> int:
+        checked = 0
+
+        def hook(frame: Any, event: str, _: Any) -> None:
+            nonlocal checked
+            checked += event == "call" and frame.f_code.co_name == "validate_sharding_integrity"
+
+        sys.setprofile(hook)
+        run_rank(RunArguments(recipe=recipe(6), run_dir=tmp_path / "run", json=True))
+        sys.setprofile(None)
+        return checked
+
+    assert launch(counted, 1, timeout=60) == [1]
+    assert len(steps_saved(tmp_path / "run")) == 3
 
 
 # What cannot be written.
