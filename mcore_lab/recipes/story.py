@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import random
+import signal
 import time
 from functools import partial
 
@@ -136,6 +137,8 @@ def train(
         micro_batch_size=data.micro_batch_size,
     )
     phases = recorder.phases
+    if stop:
+        stop.heed(signal.SIGTERM)
     while progress.step < training.steps:
         recorder.begin_step(progress.step + 1)
         started = time.perf_counter()

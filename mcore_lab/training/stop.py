@@ -11,16 +11,17 @@ from typing import Any
 
 from mcore_lab.errors import LabError, LostPeerError
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""What schedulers send before they take a machine away."""
-
 
 class StopRequest:
-    """Whether this rank has been told to stop; that of one rank is for all of them."""
+    """Whether this rank has been told to stop; that of one rank is for all of them.
+
+    Schedulers tell it by SIGTERM or SIGUSR1 before they take a machine away.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
         """The last signal that asked, if any has."""
+        self._before: dict[signal.Signals, Any] = {}
 
     @property
     def is_made(self) -> bool:
@@ -31,32 +32,37 @@ class StopRequest:
         """Ask: what a signal does."""
         self.signal = number
 
+    def heed(self, *signals: signal.Signals) -> None:
+        """Let these signals ask, in the place of what they do."""
+        # No other thread may set a handler.
+        if threading.current_thread() is threading.main_thread():
+            for number in signals:
+                self._before[number] = signal.signal(number, self.make)
+
+    def heed_no_more(self) -> None:
+        """Let the signals do what they did before."""
+        while self._before:
+            signal.signal(*self._before.popitem())
+
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Give a request that SIGTERM and SIGUSR1 make, in the place of ending the process.
+    """Give a request that SIGUSR1 makes in the place of ending the process, and may SIGTERM too.
 
-    If the body fails instead of stopping, the signal ends the process after all: it may have been
-    the launcher's, which ends the ranks when one of them has failed.
+    SIGTERM is to be heeded when the first step begins. Until then there is nothing to save, and it
+    has to end this process: it is the launcher's where another rank has failed, for which this one
+    may wait in C++, deaf to Python's handlers. If the body fails instead of stopping, the signal
+    ends the process after all.
     """
     request = StopRequest()
-    if threading.current_thread() is not threading.main_thread():
-        # No other thread may set a handler.
-        yield request
-        return
-    before = {number: signal.signal(number, request.make) for number in SIGNALS}
+    request.heed(signal.SIGUSR1)
     try:
         yield request
     except Exception as error:
-        _put_back(before)
+        request.heed_no_more()
         own = isinstance(error, LabError) and not isinstance(error, LostPeerError)
         if request.signal is not None and not own:
             os.kill(os.getpid(), request.signal)
         raise
     finally:
-        _put_back(before)
-
-
-def _put_back(handlers: dict[signal.Signals, Any]) -> None:
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+        request.heed_no_more()
