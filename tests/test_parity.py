@@ -108,7 +108,7 @@ def test_bf16_trains_on_two_ranks_as_on_one_and_as_fp32_within_its_precision(
 
 def test_tp2_gpt_has_the_same_loss_at_every_step_on_two_ranks_and_on_one(tmp_path: Path) -> None:
     one = changed(
-        load_recipe("tp2_gpt"), layout={"tensor_model_parallel_size": 1}, training={"steps": 10}
+        load_recipe("tp2_gpt"), layout={"tensor_model_parallel_size": 1}, training={"steps": 4}
     )
     start = Start(one, tmp_path)
     start.require_same(start.run(2, "tp2", layout=TP2))

@@ -143,6 +143,7 @@ def test_torchrun_that_restarts_goes_on_from_the_last_checkpoint(tmp_path: Path)
             *(sys.executable, "-W", "ignore", "-m", "torch.distributed.run"),
             *("--nproc-per-node", "2", "--max-restarts", "1", "script.py"),
             *("--training.steps", "6", "--checkpoint.save-every", "2"),
+            *("--model.num-layers", "2", "--model.hidden-size", "64"),
         ],
         cwd=tmp_path,
         env=os.environ | {"OMP_NUM_THREADS": "1"},

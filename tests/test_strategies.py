@@ -24,7 +24,7 @@ STRATEGIES = [
     and not shown_layer(name)
     and not later_layouts(name)
 ]
-STEPS = 4
+STEPS = 3
 
 
 @pytest.fixture(scope="module")
