@@ -194,7 +194,12 @@ class _FromShards(TorchDistLoadShardedStrategy):
 
     def _read(self, part: ShardedTensor | ShardedObject) -> Any:
         if isinstance(part, ShardedObject):
-            return _own(self._shards.object(self._contents.objects[part.unique_key]))
+            place = self._contents.objects.get(part.unique_key)
+            if place is None:
+                raise CheckpointError(
+                    f"cannot read the checkpoint {self._shards.folder}: it has no {part.unique_key}"
+                )
+            return _own(self._shards.object(place))
         part.init_data("cpu")
         region = part.data.detach()
         self._shards.fill(

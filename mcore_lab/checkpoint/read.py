@@ -59,7 +59,7 @@ class Shards:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
         self._files: dict[str, BinaryIO] = {}
         self._to_close = ExitStack()
 
@@ -86,7 +86,7 @@ class Shards:
         if filled != region.numel():
             where = f" from {[*start]} on" if any(start) else ""
             raise CheckpointError(
-                f"cannot read the checkpoint {self._folder}: it holds {filled:,} numbers of "
+                f"cannot read the checkpoint {self.folder}: it holds {filled:,} numbers of "
                 f"{tensor.name}{where} in place of {region.numel():,}"
             )
 
@@ -98,7 +98,7 @@ class Shards:
             part = _loaded(stored)
         if part.shape != chunk.shape:
             raise CheckpointError(
-                f"cannot read the checkpoint {self._folder}: {chunk.place.file} has a tensor of "
+                f"cannot read the checkpoint {self.folder}: {chunk.place.file} has a tensor of "
                 f"{[*part.shape]} in place of one of {[*chunk.shape]}"
             )
         return part
@@ -113,7 +113,7 @@ class Shards:
     def _bytes(self, place: Place) -> bytes:
         file = self._files.get(place.file)
         if file is None:
-            file = self._to_close.enter_context((self._folder / place.file).open("rb"))
+            file = self._to_close.enter_context((self.folder / place.file).open("rb"))
             self._files[place.file] = file
         file.seek(place.position)
         return file.read(place.length)

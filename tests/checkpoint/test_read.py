@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 import re
+import shutil
 import sys
 import zipfile
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 from small_runs import SMALL, changed, launched_run, run
 
 from mcore_lab.checkpoint.contents import Chunk, Place, Tensor
+from mcore_lab.checkpoint.manifest import MANIFEST
 from mcore_lab.checkpoint.read import Shards, read
 from mcore_lab.checkpoint.trust import makings_of_tensor, plain_value
 from mcore_lab.config import RunArguments
@@ -222,10 +224,34 @@ def test_a_plain_value_is_what_was_pickled() -> None:
 # Ranks.
 
 
-def test_a_rank_that_cannot_read_its_disk_stops_every_rank_with_the_reason(tmp_path: Path) -> None:
-    two = changed(SMALL, layout={"tensor_model_parallel_size": 2}, training={"steps": 1})
-    run(two, 2, tmp_path / "run")
-    saved = tmp_path / "run" / "checkpoints" / "step-00000001"
+TP2 = changed(SMALL, layout={"tensor_model_parallel_size": 2}, training={"steps": 1})
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    run(TP2, 2, folder)
+    return folder / "checkpoints" / "step-00000001"
+
+
+def test_an_object_that_is_not_there_is_named(saved: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(saved, copy)
+    (copy / MANIFEST).unlink()
+    metadata = pickle.loads((copy / ".metadata").read_bytes())
+    gone = [index for index in metadata.storage_data if index.fqn.startswith("rng_state/")]
+    for index in gone:
+        del metadata.storage_data[index], metadata.state_dict_metadata[index.fqn]
+    (copy / ".metadata").write_bytes(pickle.dumps(metadata))
+    again = changed(TP2, training={"steps": 2, "resume": str(copy)})
+    said = f"cannot read the checkpoint {copy}: it has no rng_state/shard_0"
+    with pytest.raises(CheckpointError, match=re.escape(said)):
+        run(again, 2, tmp_path / "again")
+
+
+def test_a_rank_that_cannot_read_its_disk_stops_every_rank_with_the_reason(
+    saved: Path, tmp_path: Path
+) -> None:
 
     def on_a_bad_disk(arguments: RunArguments) -> None:
         def hook(event: str, what: tuple[Any, ...]) -> None:
@@ -236,7 +262,7 @@ def test_a_rank_that_cannot_read_its_disk_stops_every_rank_with_the_reason(tmp_p
             sys.addaudithook(hook)
         run_rank(arguments)
 
-    again = changed(two, training={"steps": 2, "resume": str(saved)}, checkpoint={"verify": False})
+    again = changed(TP2, training={"steps": 2, "resume": str(saved)}, checkpoint={"verify": "off"})
     with pytest.raises(CheckpointError) as raised:
         launched_run(on_a_bad_disk, again, 2, tmp_path / "again", timeout=60)
     assert str(raised.value) == (
