@@ -189,12 +189,11 @@ def sweep_under_way(folder: Path, workers: int) -> Iterator[subprocess.Popen[str
                 one.kill()
 
 
-@pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_sweep_ends_at_once_and_leaves_no_worker(
-    tmp_path: Path, number: int, status: int, workers: int
+    tmp_path: Path, number: int, status: int
 ):
-    with sweep_under_way(tmp_path, workers) as process:
+    with sweep_under_way(tmp_path, 2) as process:
         # As a terminal does for Ctrl-C, and as `kill` does.
         os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
         _, said = process.communicate(timeout=30)
