@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mcore_lab.checkpoint.manifest import files_in, read_manifest
-from mcore_lab.checkpoint.trust import read_metadata
+from mcore_lab.checkpoint.trust import METADATA, read_metadata
+from mcore_lab.errors import CheckpointError
 
 _BITS = re.compile(r"(\d+)")
 _STATE = re.compile(
@@ -106,6 +107,16 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
 def contents_of(folder: Path) -> Contents:
     """Return what a checkpoint holds. Raises CheckpointError if it cannot be read."""
     metadata = read_metadata(folder)
+    # A pickle of harmless records may still be of anything.
+    try:
+        return _contents(metadata)
+    except Exception as error:
+        raise CheckpointError(
+            f"cannot read the checkpoint {folder}: {METADATA} is damaged: {error}"
+        ) from None
+
+
+def _contents(metadata: Any) -> Contents:
     tensors = {
         name: kind for name, kind in metadata.state_dict_metadata.items() if hasattr(kind, "size")
     }
@@ -120,7 +131,7 @@ def contents_of(folder: Path) -> Contents:
         place = Place(stored.relative_path, stored.offset, stored.length)
         offsets = tuple(getattr(index, "offset", None) or ())
         if (index.fqn, offsets) in shapes:
-            chunks[index.fqn].append(Chunk(offsets, shapes[index.fqn, offsets], place))
+            chunks[index.fqn].append(Chunk(offsets, shapes.pop((index.fqn, offsets)), place))
         elif index.fqn not in tensors:
             objects[index.fqn] = place
     whole = {

@@ -19,6 +19,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShard
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from mcore_lab import compat
 from mcore_lab.checkpoint.admission import admit
 from mcore_lab.checkpoint.contents import Contents
 from mcore_lab.checkpoint.failures import failures_explained
@@ -39,7 +40,8 @@ from mcore_lab.runtime.wrappers import unwrapped
 Shape = tuple[int, ...]
 _SHOWN = 3
 _COMMON = "common_state/shard_0_1"
-"""The object that is common to all ranks; before Megatron-Core 0.17 it has a file, `common.pt`."""
+_COMMON_FILE = "common.pt"
+"""Where the state is that is common to all ranks: in an object, or before Megatron-Core 0.17."""
 _OPTIMIZER = "optimizer."
 _OWN = "own optimizer"
 """Where what is read for the optimizer goes: what the checkpoint has beside may be of another."""
@@ -99,12 +101,18 @@ def load_checkpoint(
 
 def common_state(path: Path, contents: Contents) -> dict[str, Any]:
     """Return what all ranks have alike. Raises CheckpointError."""
+    place = contents.objects.get(_COMMON)
     with failures_explained("read", path), weights_only():
-        if _COMMON in contents.objects:
-            with Shards(path) as shards:
-                common: dict[str, Any] = _own(shards.object(contents.objects[_COMMON]))
+        # Megatron-Core takes the file where there are both.
+        if place is None or (path / _COMMON_FILE).exists():
+            common: dict[str, Any] = dist_checkpointing.load_common_state_dict(str(path))
+        elif compat.megatron_core_is_before("0.17"):
+            raise CheckpointError(
+                f"cannot read the checkpoint {path}: it was written with Megatron-Core 0.17 or "
+                "later, and the installed one is older"
+            )
         else:
-            common = dist_checkpointing.load_common_state_dict(str(path))
+            common = _only(Shards(path).object(place))
     return common
 
 
@@ -169,17 +177,18 @@ def _require_harmless_extras(state: dict[str, Any]) -> None:
 
 def _read(path: Path, contents: Contents, wanted: dict[str, Any]) -> dict[str, Any]:
     """Return what is wanted of a checkpoint in the place of its sharded tensors and objects."""
-    _require_same_model(path, contents, wanted)
-    with fail_together(), failures_explained("read", path), weights_only(), Shards(path) as shards:
+    shapes = shapes_of_all_ranks(wanted)
+    with fail_together(), failures_explained("read", path), weights_only():
+        _require_same_model(path, contents, shapes)
         # That each part is some rank's own was seen to when it was saved; here it only costs time.
         state: dict[str, Any] = dist_checkpointing.load(
-            wanted, str(path), _FromShards(shards, contents), validate_access_integrity=False
+            wanted, str(path), _FromShards(Shards(path), contents), validate_access_integrity=False
         )
     return state
 
 
 class _FromShards(TorchDistLoadShardedStrategy):
-    """Lets each rank read its own parts itself: see `read`."""
+    """Lets each rank read its own parts itself: see `mcore_lab.checkpoint.read`."""
 
     def __init__(self, shards: Shards, contents: Contents) -> None:
         super().__init__()
@@ -199,7 +208,7 @@ class _FromShards(TorchDistLoadShardedStrategy):
                 raise CheckpointError(
                     f"cannot read the checkpoint {self._shards.folder}: it has no {part.unique_key}"
                 )
-            return _own(self._shards.object(place))
+            return _only(self._shards.object(place))
         part.init_data("cpu")
         region = part.data.detach()
         self._shards.fill(
@@ -210,15 +219,16 @@ class _FromShards(TorchDistLoadShardedStrategy):
         return region
 
 
-def _own(objects: list[Any]) -> Any:
-    """Return an object of a rank, of which Megatron-Core saves a list, as of a tensor's parts."""
-    return objects[0]
+def _only(objects: list[Any]) -> Any:
+    """Return a rank's object: Megatron-Core saves a list of all that it has under the name."""
+    (only,) = objects
+    return only
 
 
-def _require_same_model(path: Path, contents: Contents, wanted: dict[str, Any]) -> None:
+def _require_same_model(path: Path, contents: Contents, shapes: dict[str, Shape]) -> None:
     """Compare names and global shapes, of all ranks, before anything is read into the model."""
     there = {name: tensor.shape for name, tensor in contents.tensors.items()}
-    off = list(_differences(shapes_of_all_ranks(wanted), there))
+    off = list(_differences(shapes, there))
     if off:
         more = f" (and {len(off) - _SHOWN} more)" if len(off) > _SHOWN else ""
         raise CheckpointError(

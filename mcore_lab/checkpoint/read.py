@@ -11,10 +11,8 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
@@ -44,32 +42,24 @@ def read(folder: Path, tensor: Tensor, index: tuple[int, ...] = ()) -> torch.Ten
     if it cannot be read, or if parts of it are missing.
     """
     shape = tensor.shape[len(index) :]
-    with failures_explained("read", folder), Shards(folder) as shards:
+    with failures_explained("read", folder):
+        shards = Shards(folder)
         if len(tensor.chunks) == 1 and tensor.chunks[0].shape == tensor.shape:
             return shards.part(tensor.chunks[0])[index]
-        whole = torch.empty(shape, dtype=getattr(torch, tensor.dtype))
+        whole = torch.zeros(shape, dtype=getattr(torch, tensor.dtype))
         shards.fill(whole[(None,) * len(index)], tensor, (*index, *(0 for _ in shape)))
         return whole
 
 
 class Shards:
-    """The shards of a checkpoint, of which each file is opened once.
+    """The shards of a checkpoint.
 
-    What is wrong with them is raised in whatever kind torch raises it: see `failures_explained`.
+    What is wrong with them is raised as CheckpointError, or in whatever kind torch raises it: see
+    `failures_explained`.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._files: dict[str, BinaryIO] = {}
-        self._to_close = ExitStack()
-
-    def __enter__(self) -> Shards:
-        """Return itself."""
-        return self
-
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        """Close what has been opened."""
-        self._to_close.close()
 
     def fill(self, region: torch.Tensor, tensor: Tensor, start: Sequence[int]) -> None:
         """Put into `region` what the tensor has from `start` on, in the precision of `region`.
@@ -111,12 +101,10 @@ class Shards:
         return _loaded(stored) if value is None else value[0]
 
     def _bytes(self, place: Place) -> bytes:
-        file = self._files.get(place.file)
-        if file is None:
-            file = self._to_close.enter_context((self.folder / place.file).open("rb"))
-            self._files[place.file] = file
-        file.seek(place.position)
-        return file.read(place.length)
+        # One at a time: a checkpoint of a thousand ranks has more than a process may have open.
+        with (self.folder / place.file).open("rb") as file:
+            file.seek(place.position)
+            return file.read(place.length)
 
 
 def _common(
@@ -156,7 +144,10 @@ def _plain_tensor(stored: bytes) -> torch.Tensor | None:
         return None  # Written before torch 2.1.
     if file.get_record(_BYTE_ORDER).decode() != sys.byteorder:
         return None
-    dtype = _DTYPES[makings.storage]
-    numbers = file.get_storage_from_record(f"data/{makings.key}", makings.numel, dtype)
+    dtype, record = _DTYPES[makings.storage], f"data/{makings.key}"
+    # torch before 2.10 takes the pickle's word for how much memory the record fills.
+    if file.get_record_size(record) != makings.numel * dtype.itemsize:
+        return None
+    numbers = file.get_storage_from_record(record, makings.numel, dtype)
     storage = numbers.untyped_storage()
     return torch.empty(0, dtype=dtype).set_(storage, makings.offset, makings.shape, makings.stride)

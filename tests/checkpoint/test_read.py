@@ -17,17 +17,26 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_runs import SMALL, changed, launched_run, run
+from small_runs import SMALL, changed, run
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
-from mcore_lab.checkpoint.contents import Chunk, Place, Tensor
+from mcore_lab.checkpoint.contents import Chunk, Place, Tensor, contents_of
 from mcore_lab.checkpoint.manifest import MANIFEST
 from mcore_lab.checkpoint.read import Shards, read
 from mcore_lab.checkpoint.trust import makings_of_tensor, plain_value
 from mcore_lab.config import RunArguments
 from mcore_lab.errors import CheckpointError
 from mcore_lab.recipes.start import run_rank
+from mcore_lab.runtime import launch
 
 FILE = "__0_0.distcp"
 
@@ -82,8 +91,7 @@ def test_a_plain_tensor_is_read_as_torch_reads_it_without_its_unpickler(
     chunk = chunk_of(tmp_path, PLAIN[kind])
     theirs = torch.load(tmp_path / FILE, weights_only=True)
     monkeypatch.setattr(torch, "load", None)
-    with Shards(tmp_path) as shards:
-        ours = shards.part(chunk)
+    ours = Shards(tmp_path).part(chunk)
     assert (ours.shape, ours.stride(), ours.dtype) == (theirs.shape, theirs.stride(), theirs.dtype)
     assert torch.equal(ours, theirs) and torch.equal(ours, PLAIN[kind])
 
@@ -91,12 +99,12 @@ def test_a_plain_tensor_is_read_as_torch_reads_it_without_its_unpickler(
 @pytest.mark.parametrize("kind", OTHERS)
 def test_any_other_tensor_is_left_to_torch(tmp_path: Path, kind: str) -> None:
     chunk = chunk_of(tmp_path, OTHERS[kind])
-    with Shards(tmp_path) as shards:
-        ours = shards.part(chunk)
+    ours = Shards(tmp_path).part(chunk)
     assert ours.dtype == OTHERS[kind].dtype
     assert torch.equal(ours.to(torch.complex64), OTHERS[kind].detach().to(torch.complex64))
 
 
+@settings(deadline=None)
 @given(data=st.data())
 def test_any_region_is_put_together_of_the_parts_that_any_ranks_have_written(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
@@ -117,8 +125,7 @@ def test_any_region_is_put_together_of_the_parts_that_any_ranks_have_written(
     start = [data.draw(st.integers(0, size - 1), label="start") for size in shape]
     ends = [data.draw(st.integers(s, size)) for s, size in zip(start, shape, strict=True)]
     region = torch.empty([end - s for s, end in zip(start, ends, strict=True)])
-    with Shards(folder) as shards:
-        shards.fill(region, tensor, start)
+    Shards(folder).fill(region, tensor, start)
     assert torch.equal(region, whole[tuple(map(slice, start, ends))])
 
     depth = data.draw(st.integers(0, len(shape)), label="depth")
@@ -128,8 +135,7 @@ def test_any_region_is_put_together_of_the_parts_that_any_ranks_have_written(
 def test_numbers_are_rounded_to_the_precision_of_what_they_are_read_into(tmp_path: Path) -> None:
     tensor = Tensor("weight", (2, 3, 4), "float32", (chunk_of(tmp_path, NUMBERS / 3),))
     region = torch.empty(2, 3, 4, dtype=torch.bfloat16)
-    with Shards(tmp_path) as shards:
-        shards.fill(region, tensor, (0, 0, 0))
+    Shards(tmp_path).fill(region, tensor, (0, 0, 0))
     assert torch.equal(region, (NUMBERS / 3).bfloat16())
 
 
@@ -193,6 +199,29 @@ def test_a_pickle_that_lies_about_its_numbers_reaches_no_other_memory(
         read(tmp_path, Tensor("weight", (4, 4), "float32", (chunk,)))
 
 
+def metadata_of(**changes: Any) -> Metadata:
+    chunk = ChunkStorageMetadata(torch.Size([0]), torch.Size([4]))
+    kind = TensorStorageMetadata(TensorProperties(), torch.Size([4]), [chunk])
+    stored = {MetadataIndex("weight", torch.Size([0])): _StorageInfo(FILE, 0, 9)}
+    return Metadata(**{"state_dict_metadata": {"weight": kind}, "storage_data": stored} | changes)
+
+
+def test_metadata_that_is_no_checkpoints_is_one_clear_line(tmp_path: Path) -> None:
+    file = tmp_path / ".metadata"
+    file.write_bytes(pickle.dumps(metadata_of()))
+    assert [len(tensor.chunks) for tensor in contents_of(tmp_path).tensors.values()] == [1]
+    no_chunks = TensorStorageMetadata(TensorProperties(), torch.Size([4]), None)  # type: ignore[arg-type]
+    for wrong in (
+        {"state_dict_metadata": None},
+        {"state_dict_metadata": {"weight": no_chunks}},
+        {"storage_data": {"weight": _StorageInfo(FILE, 0, 9)}},
+    ):
+        file.write_bytes(pickle.dumps(metadata_of(**wrong)))
+        said = f"cannot read the checkpoint {tmp_path}: .metadata is damaged: "
+        with pytest.raises(CheckpointError, match=re.escape(said)):
+            contents_of(tmp_path)
+
+
 class Evil:
     """Leaves a file behind where it is unpickled."""
 
@@ -211,6 +240,10 @@ def test_neither_unpickler_imports_or_calls_what_a_pickle_names(
         pickled = pickle.dumps(content, protocol=protocol)
         assert makings_of_tensor(pickled) is None
         assert plain_value(pickled) is None
+    # What `.metadata` may name, tensors and values may not.
+    for named in (b"torch.serialization\n_get_layout", b"torch.Size", b"builtins\nstr"):
+        pickled = b"c" + named.replace(b".Size", b"\nSize") + b"\n(tR."
+        assert makings_of_tensor(pickled) is None and plain_value(pickled) is None
     assert not (tmp_path / "trace").exists()
 
 
@@ -252,19 +285,18 @@ def test_an_object_that_is_not_there_is_named(saved: Path, tmp_path: Path) -> No
 def test_a_rank_that_cannot_read_its_disk_stops_every_rank_with_the_reason(
     saved: Path, tmp_path: Path
 ) -> None:
-
-    def on_a_bad_disk(arguments: RunArguments) -> None:
+    def on_a_bad_disk(arguments: RunArguments) -> str:
         def hook(event: str, what: tuple[Any, ...]) -> None:
             if event == "open" and str(what[0]).endswith(".distcp"):
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
 
         if os.environ["RANK"] == "1":
             sys.addaudithook(hook)
-        run_rank(arguments)
+        with pytest.raises(CheckpointError) as raised:
+            run_rank(arguments)
+        return str(raised.value)
 
     again = changed(TP2, training={"steps": 2, "resume": str(saved)}, checkpoint={"verify": "off"})
-    with pytest.raises(CheckpointError) as raised:
-        launched_run(on_a_bad_disk, again, 2, tmp_path / "again", timeout=60)
-    assert str(raised.value) == (
-        f"cannot read the checkpoint {saved}: [Errno {errno.EIO}] {os.strerror(errno.EIO)}"
-    )
+    arguments = RunArguments(recipe=again, run_dir=tmp_path / "again", json=True)
+    said = f"cannot read the checkpoint {saved}: [Errno {errno.EIO}] {os.strerror(errno.EIO)}"
+    assert launch(on_a_bad_disk, 2, arguments, timeout=60) == [said, said]
