@@ -145,8 +145,9 @@ def _plain_tensor(stored: bytes) -> torch.Tensor | None:
     if file.get_record(_BYTE_ORDER).decode() != sys.byteorder:
         return None
     dtype, record = _DTYPES[makings.storage], f"data/{makings.key}"
-    # torch before 2.10 takes the pickle's word for how much memory the record fills.
-    if file.get_record_size(record) != makings.numel * dtype.itemsize:
+    # Earlier releases of torch take the pickle's word for how much memory the record fills.
+    size_of = getattr(file, "get_record_size", None)
+    if size_of is None or size_of(record) != makings.numel * dtype.itemsize:
         return None
     numbers = file.get_storage_from_record(record, makings.numel, dtype)
     storage = numbers.untyped_storage()
