@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mcore_lab.checkpoint.manifest import files_in, read_manifest
-from mcore_lab.checkpoint.trust import METADATA, read_metadata
-from mcore_lab.errors import CheckpointError
+from mcore_lab.checkpoint.trust import damaged, read_metadata
 
 _BITS = re.compile(r"(\d+)")
 _STATE = re.compile(
@@ -111,9 +110,7 @@ def contents_of(folder: Path) -> Contents:
     try:
         return _contents(metadata)
     except Exception as error:
-        raise CheckpointError(
-            f"cannot read the checkpoint {folder}: {METADATA} is damaged: {error}"
-        ) from None
+        raise damaged(folder, error) from None
 
 
 def _contents(metadata: Any) -> Contents:

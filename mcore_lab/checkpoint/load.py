@@ -198,10 +198,10 @@ class _FromShards(TorchDistLoadShardedStrategy):
 
     def load(self, sharded_state_dict: dict[str, Any], *_: Any) -> dict[str, Any]:
         """Return the state with tensors and objects in the place of what stood for them."""
-        state: dict[str, Any] = dict_list_map_outplace(self._read, sharded_state_dict)
+        state: dict[str, Any] = dict_list_map_outplace(self._stored, sharded_state_dict)
         return state
 
-    def _read(self, part: ShardedTensor | ShardedObject) -> Any:
+    def _stored(self, part: ShardedTensor | ShardedObject) -> Any:
         if isinstance(part, ShardedObject):
             place = self._contents.objects.get(part.unique_key)
             if place is None:

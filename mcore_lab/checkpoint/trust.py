@@ -199,14 +199,17 @@ def read_metadata(folder: Path) -> Any:
         ) from None
     # Whatever else a pickle that is none, or of something else, makes of itself.
     except Exception as error:
-        raise CheckpointError(
-            f"cannot read the checkpoint {folder}: {METADATA} is damaged: {error}"
-        ) from None
+        raise damaged(folder, error) from None
     if outside:
         raise CheckpointError(
             f"cannot read the checkpoint {folder}: {METADATA} sends to {outside[0]}, out of it"
         )
     return metadata
+
+
+def damaged(folder: Path, error: Exception) -> CheckpointError:
+    """Return what is said of `.metadata` that is no checkpoint's."""
+    return CheckpointError(f"cannot read the checkpoint {folder}: {METADATA} is damaged: {error}")
 
 
 def require_harmless(name: str, pickled: bytes) -> None:
